@@ -132,17 +132,17 @@ class Layout:
     @cached_property
     def spans(self) -> tuple[Range, ...]:
         """The tokens of every shot, in row order."""
-        return _consecutive(shot.tokens for shot in self.shots)
+        return consecutive(shot.tokens for shot in self.shots)
 
     @cached_property
     def scene_spans(self) -> tuple[Range, ...]:
         """The tokens of every scene, in row order."""
-        return _consecutive(sum(shot.tokens for shot in scene) for scene in self.scenes)
+        return consecutive(sum(shot.tokens for shot in scene) for scene in self.scenes)
 
     @cached_property
     def scene_shots(self) -> tuple[range, ...]:
         """The indices, in row order, of every scene's shots."""
-        return tuple(range(*span) for span in _consecutive(map(len, self.scenes)))
+        return tuple(range(*span) for span in consecutive(map(len, self.scenes)))
 
     @property
     def video_only(self) -> "Layout":
@@ -150,5 +150,6 @@ class Layout:
         return Layout(((replace(shot, text=0) for shot in scene) for scene in self.scenes), self.text_first)
 
 
-def _consecutive(lengths: Iterable[int]) -> tuple[Range, ...]:
+def consecutive(lengths: Iterable[int]) -> tuple[Range, ...]:
+    """Ranges of the given lengths, end to end from 0."""
     return tuple(Range(*ends) for ends in pairwise(accumulate(lengths, initial=0)))

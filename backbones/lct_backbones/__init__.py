@@ -1,0 +1,1 @@
+"""Adapters of single-shot DiTs, one file per family."""

@@ -1,0 +1,100 @@
+"""Long Context Tuning: the pieces that make a scene model of a single-shot video diffusion transformer.
+
+``retrofit`` a model, or use the pieces one by one: a ``Layout`` says which token belongs to which shot; ``coordinates``,
+attention plans (``bidirectional``, ``context_causal``, ...) and packing all derive from it.
+"""
+
+from lct_core.attention import attend
+from lct_core.backbone import (
+    QKV,
+    Backbone,
+    BackboneSpec,
+    KernelRequest,
+    KernelSpec,
+    ShotInput,
+    Site,
+    State,
+    Traits,
+)
+from lct_core.cache import CachedShot, KVCache
+from lct_core.coordinates import coordinates
+from lct_core.layout import Layout, Range, Shot
+from lct_core.losses import scene_loss, tuning_loss
+from lct_core.masks import (
+    AttentionPlan,
+    Segment,
+    Varlen,
+    bidirectional,
+    context_causal,
+    own_and_global_text,
+    own_shot,
+    own_text,
+    selected_history,
+)
+from lct_core.noise import (
+    Path,
+    RectifiedFlow,
+    condition_levels,
+    joint_levels,
+    sample_levels,
+    sample_shot_run,
+    shot_noise,
+    substitute_single_frames,
+)
+from lct_core.packing import pack, plan_rows, unpack
+from lct_core.plugins import PluginError, Registry, hookimpl, registry
+from lct_core.rope import Rotation, angles, axis_frequencies, move, rotate, rotation
+from lct_core.scene_model import SceneModel, retrofit
+
+__all__ = [
+    "QKV",
+    "AttentionPlan",
+    "Backbone",
+    "BackboneSpec",
+    "CachedShot",
+    "KVCache",
+    "KernelRequest",
+    "KernelSpec",
+    "Layout",
+    "Path",
+    "PluginError",
+    "Range",
+    "RectifiedFlow",
+    "Registry",
+    "Rotation",
+    "SceneModel",
+    "Segment",
+    "Shot",
+    "ShotInput",
+    "Site",
+    "State",
+    "Traits",
+    "Varlen",
+    "angles",
+    "attend",
+    "axis_frequencies",
+    "bidirectional",
+    "condition_levels",
+    "context_causal",
+    "coordinates",
+    "hookimpl",
+    "joint_levels",
+    "move",
+    "own_and_global_text",
+    "own_shot",
+    "own_text",
+    "pack",
+    "plan_rows",
+    "registry",
+    "retrofit",
+    "rotate",
+    "rotation",
+    "sample_levels",
+    "sample_shot_run",
+    "scene_loss",
+    "selected_history",
+    "shot_noise",
+    "substitute_single_frames",
+    "tuning_loss",
+    "unpack",
+]

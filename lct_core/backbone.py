@@ -1,0 +1,261 @@
+"""What an adapter tells the engine about a single-shot DiT, and the specs that a plugin announces.
+
+An adapter splits every block, per shot, around its attention: :meth:`Backbone.qkv` before, :meth:`Backbone.finish` after.
+Everything between belongs to the engine (:mod:`lct_core.scene_model`): coordinates, rotation, joining, plan and cache.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor, nn
+
+from lct_core.coordinates import shot_coordinates
+from lct_core.layout import Role, Shot
+from lct_core.masks import AttentionPlan
+from lct_core.noise import Path, RectifiedFlow
+from lct_core.rope import Pairing
+
+TextPath = Literal["joint", "cross"]
+Joint = Literal["joined", "own_shot", "own_text", "own_and_global_text"]
+Kernel = Callable[[Tensor, Tensor, Tensor, AttentionPlan, float], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class ShotInput:
+    """One shot, as the model takes it.
+
+    Args:
+        latents: ``[batch, channels, frames, height, width]``. A global shot may leave them out where a shot follows it
+            in the same call: its dummy video is then one frame of zeros of that shot's height and width.
+        text: Encoded prompt, ``[batch, tokens, width]``, of any length, 0 included.
+        extras: Further arguments of the backbone's own forward, under its own names.
+        role: ``"shot"``, or ``"global"`` for the global prompt, which has no output and no loss.
+    """
+
+    latents: Float[Tensor, "batch channels frames height width"] | None = None
+    text: Float[Tensor, "batch tokens width"] | None = None
+    extras: Mapping[str, Any] = field(default_factory=dict)
+    role: Role = "shot"
+
+
+@dataclass
+class State:
+    """One shot on its way through the blocks.
+
+    Args:
+        streams: What blocks change, by name: ``[batch, tokens, width]`` each.
+        conditioning: What stays: the modulation of this shot's noise level, ``[batch, ...]`` each.
+    """
+
+    streams: dict[str, Tensor]
+    conditioning: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Site(NamedTuple):
+    """One attention of a block.
+
+    Args:
+        name: What the adapter calls it.
+        joint: What its queries see: ``"joined"``, the shots of the scene that the pattern allows; ``"own_shot"``;
+            or, for cross-attention, ``"own_text"`` or ``"own_and_global_text"``.
+    """
+
+    name: str
+    joint: Joint = "joined"
+
+
+class QKV(NamedTuple):
+    """Queries, keys and values of one site, ``[batch, tokens, heads, head_dim]``: normed, modulated, not rotated.
+
+    ``aux`` is whatever :meth:`Backbone.finish` needs again, a tensor or a tuple of tensors.
+    """
+
+    q: Float[Tensor, "batch queries heads head_dim"]
+    k: Float[Tensor, "batch keys kv_heads head_dim"]
+    v: Float[Tensor, "batch keys kv_heads head_dim"]
+    aux: Any = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traits:
+    """The static description of a single-shot DiT.
+
+    Args:
+        latent_channels: Channels of the latents.
+        patch: Latent frames, rows and columns that make one token.
+        text_width: Channels of the encoded prompt.
+        heads: Number of query heads.
+        kv_heads: Number of key and value heads.
+        head_dim: Channels of a head.
+        text: ``"joint"`` where text tokens take part in self-attention, ``"cross"`` where it is cross-attended.
+        text_first: Whether text tokens come before video tokens in self-attention.
+        pairing: How RoPE pairs channels; None for a model without RoPE.
+        unit: Native coordinates, ``(frames, height, width)``, that make one step along the diagonal.
+        timesteps: The model's own timestep at noise level 0 (clean) and 1 (noise); linear between.
+        path: Noising and training target.
+        tokenwise: Whether ``qkv`` and ``finish`` act on every token by itself, given its shot's conditioning.
+        extras: Names that ``ShotInput.extras`` may hold.
+    """
+
+    latent_channels: int
+    patch: tuple[int, int, int]
+    text_width: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    text: TextPath
+    text_first: bool = True
+    pairing: Pairing | None = "interleaved"
+    unit: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    timesteps: tuple[float, float] = (0.0, 1000.0)
+    path: Path = field(default_factory=RectifiedFlow)
+    tokenwise: bool = True
+    extras: frozenset[str] = frozenset()
+
+
+class Backbone(ABC):
+    """The adapter of one DiT family. Every method handles one shot and knows nothing of the others.
+
+    Args:
+        model: The single-shot model; its weights, ``state_dict`` and forward stay as they are.
+    """
+
+    traits: Traits
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    @property
+    @abstractmethod
+    def blocks(self) -> Sequence[nn.Module]:
+        """The transformer blocks, in order; each is called through its ``__call__``, so hooks fire."""
+
+    @abstractmethod
+    def encode(self, inputs: ShotInput, timestep: Float[Tensor, "batch"]) -> State:
+        """Embed one shot: latents to video tokens, text to text tokens, the model's own timestep to modulation."""
+
+    @abstractmethod
+    def qkv(self, block: nn.Module, site: Site, state: State) -> QKV:
+        """Queries, keys and values of one site, text and video joined in the model's own order."""
+
+    @abstractmethod
+    def finish(self, block: nn.Module, site: Site, state: State, attended: Tensor, aux: Any) -> dict[str, Tensor]:
+        """The rest of the block up to its next site: output projection, gates, MLP. Returns the streams that changed.
+
+        ``attended`` is ``[batch, queries, heads, head_dim]``.
+        """
+
+    @abstractmethod
+    def head(self, state: State) -> Tensor:
+        """The final layer, per video token."""
+
+    @abstractmethod
+    def unpatchify(self, tokens: Tensor, shot: Shot) -> Float[Tensor, "batch channels frames height width"]:
+        """The head's tokens as a prediction in the shape of the latents."""
+
+    @abstractmethod
+    def single_shot(self, inputs: ShotInput, timestep: Float[Tensor, "batch"]) -> Tensor:
+        """The model's own, untouched forward on one shot: what a one-shot scene must equal."""
+
+    def sites(self, block: nn.Module) -> Sequence[Site]:
+        """The attentions of a block, in order (default: one self-attention over the joined shots)."""
+        return (Site("self"),)
+
+    def rope(self, coords: Float[Tensor, "tokens 3"]) -> Float[Tensor, "tokens heads pairs"]:
+        """The angles, in radians and in the model's own dtype, at native coordinates; linear in them.
+
+        Needed wherever ``traits.pairing`` is given. A heads axis of 1 serves all heads.
+        """
+        raise NotImplementedError(f"{type(self).__name__}.rope: traits.pairing is {self.traits.pairing!r}, so the "
+                                  "adapter must give angles; a model without RoPE has pairing=None")
+
+    def coordinates(self, inputs: ShotInput, shot: Shot) -> Float[Tensor, "tokens 3"]:
+        """The model's own coordinates of a shot's self-attention tokens, in its own order and units; float64.
+
+        Default: text that has no RoPE at the origin, video at ``(frame, row, column)``.
+        """
+        return shot_coordinates(shot, scheme="anchored", text_first=self.traits.text_first).double()
+
+    def shot(self, inputs: ShotInput) -> Shot:
+        """The token counts of one shot with latents and text (default: the text as it comes, and the latents' patches).
+
+        Raises:
+            ValueError: naming what came, for latents or text that the model cannot take.
+        """
+        traits, latents, text = self.traits, inputs.latents, inputs.text
+        if latents is None or latents.ndim != 5 or latents.shape[1] != traits.latent_channels:
+            raise ValueError(f"latents: got {describe(latents)}, expected [batch, {traits.latent_channels}, frames, height, "
+                             "width]")
+        if text is None or text.ndim != 3 or text.shape[2] != traits.text_width or len(text) != len(latents):
+            raise ValueError(f"text: got {describe(text)}, expected [{len(latents)}, tokens, {traits.text_width}]: "
+                             "one encoded prompt for every entry of the batch")
+        if any(size % patch or not size for size, patch in zip(latents.shape[2:], traits.patch, strict=True)):
+            raise ValueError(f"latents: got frames, height, width {tuple(latents.shape[2:])}, expected positive multiples "
+                             f"of the patch {traits.patch}; crop or pad the video")
+        if unknown := set(inputs.extras) - traits.extras:
+            raise ValueError(f"extras: got {sorted(unknown)}, which {type(self.model).__name__} does not take; "
+                             f"it takes {sorted(traits.extras) or 'none'}")
+        frames, height, width = (size // patch for size, patch in zip(latents.shape[2:], traits.patch, strict=True))
+        return Shot(text=text.shape[1], grid=(frames, height, width), role=inputs.role)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneSpec:
+    """What a plugin announces about a backbone family: light data, no model library is imported for it.
+
+    Args:
+        name: Unique among all plugins.
+        summary: One line for ``lct backbones``.
+        handles: Full names of the model classes that the adapter takes, ``"package.module.Class"``.
+        adapter: Where the :class:`Backbone` is, ``"package.module:Class"``.
+        build: Where a function is that makes a model from keyword arguments, ``"package.module:function"``.
+        tested_with: Versions of the model's library that the adapter was tested with, for people.
+    """
+
+    name: str
+    summary: str
+    handles: tuple[str, ...]
+    adapter: str
+    build: str | None = None
+    tested_with: str = ""
+
+
+class KernelRequest(NamedTuple):
+    """One kind of attention call: what a kernel must serve."""
+
+    plan: AttentionPlan
+    device: torch.device
+    dtype: torch.dtype
+    heads: int
+    kv_heads: int
+    head_dim: int
+    grad: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelSpec:
+    """What a plugin announces about an attention kernel.
+
+    Args:
+        name: Unique among all plugins.
+        summary: One line for ``lct kernels``.
+        load: Imports and returns the kernel, ``kernel(q, k, v, plan, scale) -> out``, in the shapes of
+            :func:`lct_core.attend`.
+        refusals: Every reason why the kernel cannot serve a request; empty where it can. Must be cheap.
+        rank: Place in the order that ``kernel="auto"`` follows, lowest first; None where it must be asked for by name.
+    """
+
+    name: str
+    summary: str
+    load: Callable[[], Kernel]
+    refusals: Callable[[KernelRequest], list[str]]
+    rank: int | None = None
+
+
+def describe(value: Shaped[Tensor, "..."] | object) -> str:
+    """A value as an error message shows it: a tensor by its shape."""
+    return str(list(value.shape)) if isinstance(value, Tensor) else repr(value)

@@ -1,0 +1,192 @@
+"""The demo's world: scenes whose colours no text tells, so that a shot can only learn them from the other shots.
+
+A scene has a character (a square or a disc of a saturated colour) and a background (a dark colour, a little lighter at
+the top). A shot shows that character in one of three framings, at one of three positions, with one of three motions. Its
+text tells framing, shape, position and motion, in the wording of the paper's per-shot prompts (paper, 3.2.1), and never a
+colour. A model that sees one shot has to guess the colours; a model that sees the scene does not.
+
+Lengths are fractions of the frame's side, positions run from 0 at the top left to 1 at the bottom right, a shot lasts from
+time -1 to 1. All randomness comes from the generator handed in.
+"""
+
+from colorsys import hsv_to_rgb
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import one_hot
+
+# sizes at which no pixel of a 24 x 24 frame is nearly half covered, so that masks do not hang on the last bit
+_HALF_SIDE = {"Close up": 0.222, "Medium shot": 0.135, "Wide shot": 0.096}
+_CENTRE_X = {"on the left": 0.25, "in the middle": 0.5, "on the right": 0.75}
+_SPEED_Y = {"moving up": -1 / 3, "standing still": 0.0, "moving down": 1 / 3}
+
+FRAMINGS = tuple(_HALF_SIDE)
+SHAPES = ("square", "disc")
+POSITIONS = tuple(_CENTRE_X)
+MOTIONS = tuple(_SPEED_Y)
+VOCABULARY = ("[SHOT CUT]", "Character 1", *FRAMINGS, *SHAPES, *POSITIONS, *MOTIONS)
+"""Every word of the world's language; a text is six of them."""
+
+_SENTENCE = "[SHOT CUT] {framing} of Character 1, a {shape}, {position}, {motion}."
+_ATTRIBUTES = {"framing": FRAMINGS, "shape": SHAPES, "position": POSITIONS, "motion": MOTIONS}
+_SCANLINES = 16  # per pixel, to antialias edges from above and below; from the sides they are exact
+_SHADING = 0.1  # the background is lighter by this part at the top, darker at the bottom
+
+
+@dataclass(frozen=True)
+class ShotDescription:
+    """What a shot's text tells: all of the shot but its colours.
+
+    Args:
+        framing: One of ``FRAMINGS``: how large the character is.
+        shape: One of ``SHAPES``.
+        position: One of ``POSITIONS``: where the character is, from left to right.
+        motion: One of ``MOTIONS``: where it goes during the shot; it passes the middle of the frame half-way.
+
+    Raises:
+        ValueError: for a value that is not of its list.
+    """
+
+    framing: str
+    shape: str
+    position: str
+    motion: str
+
+    def __post_init__(self) -> None:
+        for name, values in _ATTRIBUTES.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected one of {', '.join(map(repr, values))}")
+
+    @property
+    def text(self) -> str:
+        """The shot's prompt; ``parse`` is its inverse."""
+        return _SENTENCE.format(**vars(self))
+
+
+_DESCRIPTIONS = {shot.text: shot for shot in (ShotDescription(*values) for values in product(*_ATTRIBUTES.values()))}
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Shots that share a character and a background.
+
+    Args:
+        character: The character's colour, RGB in [0, 1]. Hidden: no text tells it.
+        background: The background's mean colour, RGB in [0, 1]. Hidden too.
+        shots: What happens, shot by shot.
+    """
+
+    character: tuple[float, float, float]
+    background: tuple[float, float, float]
+    shots: tuple[ShotDescription, ...]
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The prompt of every shot."""
+        return tuple(shot.text for shot in self.shots)
+
+
+def sample_scene(num_shots: int, *, generator: torch.Generator) -> Scene:
+    """Draw a scene: two hues, a shape, and every shot's framing, position and motion, all uniform and independent.
+
+    The character is saturated and bright, the background dull and dark: whatever the hues, their RGB distance is at
+    least 0.5.
+
+    Args:
+        num_shots: Number of shots, at least 1.
+        generator: Source of all randomness, on the CPU.
+
+    Raises:
+        ValueError: fewer than one shot.
+    """
+    if num_shots < 1:
+        raise ValueError(f"num_shots: got {num_shots}, expected at least 1")
+    hues = torch.rand(2, generator=generator, dtype=torch.float64).tolist()
+    shape = _choose(SHAPES, generator)
+    return Scene(
+        character=hsv_to_rgb(hues[0], 0.9, 0.95),
+        background=hsv_to_rgb(hues[1], 0.6, 0.45),
+        shots=tuple(
+            ShotDescription(
+                framing=_choose(FRAMINGS, generator),
+                shape=shape,
+                position=_choose(POSITIONS, generator),
+                motion=_choose(MOTIONS, generator),
+            )
+            for _ in range(num_shots)
+        ),
+    )
+
+
+def _choose(values: tuple[str, ...], generator: torch.Generator) -> str:
+    return values[int(torch.randint(len(values), (), generator=generator))]
+
+
+def parse(text: str) -> ShotDescription:
+    """Read a shot's text; the inverse of ``ShotDescription.text``.
+
+    Raises:
+        ValueError: for a text that is not a sentence of this world.
+    """
+    if text.strip() not in _DESCRIPTIONS:
+        choices = "; ".join(f"{name}: {', '.join(values)}" for name, values in _ATTRIBUTES.items())
+        raise ValueError(f"text: got {text!r}, expected {_SENTENCE!r} with {choices}")
+    return _DESCRIPTIONS[text.strip()]
+
+
+def tokenize(text: str) -> Float[Tensor, "tokens=6 vocabulary=13"]:
+    """Encode a shot's text as one-hot rows over ``VOCABULARY``, word by word: always six tokens.
+
+    Raises:
+        ValueError: for a text that is not a sentence of this world.
+    """
+    shot = parse(text)
+    words = ("[SHOT CUT]", shot.framing, "Character 1", shot.shape, shot.position, shot.motion)
+    return one_hot(torch.tensor([VOCABULARY.index(word) for word in words]), len(VOCABULARY)).float()
+
+
+def character_mask(shot: ShotDescription | str, *, size: int, frames: int = 4) -> Float[Tensor, "frames size size"]:
+    """Return how much of every pixel the character covers, in [0, 1], where a shot's description or text puts it.
+
+    Args:
+        shot: A description, or a text to parse.
+        size: Height and width of a frame in pixels.
+        frames: Number of frames, spread evenly over the shot; with one, the shot's middle.
+
+    Raises:
+        ValueError: for a text that is not a sentence of this world.
+    """
+    shot = parse(shot) if isinstance(shot, str) else shot
+    half_side, centre_x = _HALF_SIDE[shot.framing], _CENTRE_X[shot.position]
+    centre_y = 0.5 + _SPEED_Y[shot.motion] * _middles(frames, -1, 1)
+    # every scanline meets the character in one interval; each pixel counts the part of it that is inside
+    above = (_middles(size * _SCANLINES, 0, 1) - centre_y[:, None]).abs()
+    half_chord = (
+        (half_side**2 - above**2).clamp(min=0).sqrt() if shot.shape == "disc" else half_side * (above < half_side)
+    )
+    left = torch.arange(size) / size
+    inside = torch.minimum(left + 1 / size, centre_x + half_chord[..., None])
+    inside = inside - torch.maximum(left, centre_x - half_chord[..., None])
+    return (inside.clamp(min=0) * size).unflatten(1, (size, _SCANLINES)).mean(2)
+
+
+def render(scene: Scene, *, size: int, frames: int = 4) -> Float[Tensor, "shots 3 frames size size"]:
+    """Draw every shot of a scene, antialiased: RGB in [0, 1], the same picture at any size.
+
+    Args:
+        scene: What to draw.
+        size: Height and width of a frame in pixels.
+        frames: Frames per shot.
+    """
+    character, background = (torch.tensor(c)[:, None, None, None] for c in (scene.character, scene.background))
+    background = background * (1 - _SHADING * _middles(size, -1, 1))[:, None]
+    masks = torch.stack([character_mask(shot, size=size, frames=frames) for shot in scene.shots])
+    return torch.lerp(background, character, masks[:, None])
+
+
+def _middles(count: int, start: float, stop: float) -> Float[Tensor, " count"]:
+    """Return the middles of ``count`` equal parts of an interval."""
+    return start + (torch.arange(count) + 0.5) * ((stop - start) / count)

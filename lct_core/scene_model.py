@@ -1,0 +1,337 @@
+"""The engine: it joins the shots of a scene inside every block of a single-shot DiT."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lct_core import masks
+from lct_core.attention import attend
+from lct_core.backbone import Backbone, ShotInput, Site, State, describe
+from lct_core.cache import KVCache, Space, Stage
+from lct_core.coordinates import Scheme, check_scheme, extent, measured_extent, shot_coordinates
+from lct_core.layout import Layout, Range, Shot
+from lct_core.masks import PATTERNS, AttentionPlan, Pattern
+from lct_core.plugins import registry
+from lct_core.rope import Rotation, rotate, rotation
+
+Scene = Sequence[ShotInput]
+
+
+def retrofit(
+    model: nn.Module,
+    *,
+    scheme: Scheme = "anchored",
+    kernel: str = "auto",
+    gradient_checkpointing: bool = False,
+    backbone: str | Backbone | None = None,
+) -> "SceneModel":
+    """Make a scene model of a single-shot DiT, in place and without a new parameter.
+
+    The model keeps its weights, its ``state_dict`` keys and its own forward: called as before, it does as before.
+
+    Args:
+        model: A model that an installed backbone handles (``lct backbones`` lists them), or the one inside ``backbone``.
+        scheme: ``"anchored"`` (default: ours; exact for one shot) or ``"paper"``, see :func:`lct_core.coordinates`.
+        kernel: Attention kernel, see :func:`lct_core.attend`.
+        gradient_checkpointing: Whether training recomputes every block's activations in the backward pass.
+        backbone: Name of the backbone to use, or an adapter of one's own; by default found by the model's class.
+
+    Raises:
+        ValueError: where no backbone, or more than one, handles the model, and for an unknown scheme.
+    """
+    adapter = backbone if isinstance(backbone, Backbone) else registry().adapter(model, backbone)
+    if adapter.model is not model:
+        raise ValueError("backbone: this adapter adapts another model, expected one made with this model")
+    return SceneModel(adapter, scheme=scheme, kernel=kernel, gradient_checkpointing=gradient_checkpointing)
+
+
+class SceneModel:
+    """A single-shot DiT that sees whole scenes (paper, 3.2). Made by :func:`retrofit`.
+
+    Not a module: ``backbone`` is, and is what one trains, saves and moves between devices.
+    """
+
+    def __init__(
+        self, adapter: Backbone, *, scheme: Scheme, kernel: str, gradient_checkpointing: bool = False
+    ) -> None:
+        self.adapter = adapter
+        self.scheme: Scheme = check_scheme(scheme)
+        self.kernel = kernel
+        self.gradient_checkpointing = gradient_checkpointing
+        for module in (adapter.model, *adapter.blocks):
+            if not isinstance(module.__dict__.get("forward"), _Dispatch):
+                module.forward = _Dispatch(module)
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The single-shot model itself."""
+        return self.adapter.model
+
+    def __call__(
+        self,
+        shots: Scene | Sequence[Scene],
+        t: Float[Tensor, "*batch num_shots"],
+        *,
+        pattern: str | Pattern = "bidirectional",
+        cache: KVCache | None = None,
+    ) -> list[Any]:
+        """Predict for all shots of a scene at once, each at its own noise level.
+
+        Args:
+            shots: One scene, a sequence of shots; or several scenes, packed in one row, that do not see one another.
+            t: Noise level of every shot in row order, 0 = clean, 1 = noise: ``[num_shots]`` or ``[batch, num_shots]``.
+                A global shot is clean.
+            pattern: ``"bidirectional"``, ``"context_causal"`` or ``"own_shot"``, or a function from a layout to a plan.
+            cache: History that the shots also see; their own keys and values are written behind it. Takes one scene.
+
+        Returns:
+            Nested like ``shots``: the backbone's own prediction in the shape of each shot's latents; None for a global
+            shot.
+
+        Raises:
+            ValueError: naming the argument, for anything that does not fit the model, the batch or the cache.
+        """
+        scenes, nested = _nest(shots)
+        inputs = [shot for scene in scenes for shot in _with_dummy_video(scene, self.adapter.traits.patch[0])]
+        counts = [self.adapter.shot(shot) for shot in inputs]
+        batch = len(inputs[0].latents)  # type: ignore[arg-type]  # every shot has latents by now
+        for i, shot in enumerate(inputs):
+            if len(shot.latents) != batch:  # type: ignore[arg-type]
+                raise ValueError(f"shots: shot {i} has a batch of {len(shot.latents)}, expected {batch} like the first: "  # type: ignore[arg-type]
+                                 "entries of a batch share one layout; put other scenes side by side in a row")
+        levels = _levels(t, counts, batch)
+        flat = iter(counts)
+        layout = Layout([[next(flat) for _ in scene] for scene in scenes], self.adapter.traits.text_first)
+        call = _Call(self, layout, inputs, pattern, cache)
+        outputs = iter(self.backbone(call, inputs, levels))
+        if cache is not None:
+            cache.stage(call.stage(levels))
+        return [[next(outputs) for _ in scene] for scene in scenes] if nested else list(outputs)
+
+
+class _Dispatch:
+    """The forward of a retrofitted module: its own, unless it is handed a part of the engine's work.
+
+    Every module is still entered through its ``__call__``, so that hooks (sharding, offload) fire, and runs its own
+    weights, also after a deep copy or a pickle round trip.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if args and isinstance(args[0], (_Call, _BlockCall)):
+            return args[0](self.module, *args[1:])
+        return type(self.module).forward(self.module, *args, **kwargs)
+
+
+class _Call:
+    """One pass over a row: plans and rotations, made once and shared by all blocks. Opaque to hooks on purpose."""
+
+    def __init__(
+        self, engine: SceneModel, layout: Layout, inputs: Sequence[ShotInput], pattern: str | Pattern, cache: KVCache | None
+    ) -> None:
+        self.adapter, self.kernel, self.cache, self.layout = engine.adapter, engine.kernel, cache, layout
+        self.checkpointing = engine.gradient_checkpointing
+        self.pattern = _pattern(pattern)
+        if cache is not None and len(layout.scenes) != 1:
+            raise ValueError(f"cache: got {len(layout.scenes)} scenes, expected one: a cache is the history of one scene")
+        history = [] if cache is None else [entry.shot for entry in cache.shots]
+        self.history = len(history)
+        self.whole = Layout([[*history, *layout.shots]], layout.text_first) if cache is not None else layout
+        self.plans: dict[str, AttentionPlan] = {}
+        self._place(engine.scheme, inputs)
+        if cache is not None:
+            cache.begin(self._diagonal(), self.adapter.traits.pairing)
+
+    def __call__(self, model: nn.Module, inputs: Sequence[ShotInput], levels: Tensor) -> list[Tensor | None]:
+        clean, noise = self.adapter.traits.timesteps
+        timesteps = clean + (noise - clean) * levels
+        states = [self.adapter.encode(shot, timesteps[:, i]) for i, shot in enumerate(inputs)]
+        for index, block in enumerate(self.adapter.blocks):
+            states = _updated(states, block(_BlockCall(self, index), states))
+        return [
+            None if shot.role == "global" else self.adapter.unpatchify(self.adapter.head(state), shot)
+            for shot, state in zip(self.layout.shots, states, strict=True)
+        ]
+
+    def stage(self, levels: Tensor) -> Stage:
+        """What the cache has to know of the shots of this call."""
+        return Stage(self.layout.shots, tuple(map(tuple, levels.T.tolist())), self.origins, self.extents)
+
+    def plan(self, site: Site) -> AttentionPlan:
+        """Who sees whom at a site: this call's queries over the history's keys and its own."""
+        if site.joint not in self.plans:
+            self.plans[site.joint] = self._plan(site)
+        return self.plans[site.joint]
+
+    def _plan(self, site: Site) -> AttentionPlan:
+        if site.joint == "own_text":
+            return masks.own_text(self.layout)
+        if site.joint == "own_shot":
+            return masks.own_shot(_self_attention(self.adapter, self.layout))
+        if site.joint == "own_and_global_text":
+            plan, queries = masks.own_and_global_text(self.whole), self.layout.video_only.tokens
+        else:
+            plan, queries = self.pattern(_self_attention(self.adapter, self.whole)), self._queries()
+        return plan if self.cache is None else plan.rows(Range(plan.queries - queries, plan.queries))
+
+    def _queries(self) -> int:
+        return _self_attention(self.adapter, self.layout).tokens
+
+    def _place(self, scheme: Scheme, inputs: Sequence[ShotInput]) -> None:
+        """Run the diagonal cursor over every scene; rotations are made outside autocast, in float32 at least."""
+        traits, shots = self.adapter.traits, iter(_self_attention(self.adapter, self.layout).shots)
+        unit = torch.tensor(traits.unit, dtype=torch.float64)
+        origins, extents = [], []
+        self.rotations: list[Rotation | None] = []
+        remaining = iter(inputs)
+        for scene in self.layout.scenes:
+            origin = 0 if self.cache is None else self.cache.end
+            for _ in scene:
+                shot, given = next(shots), next(remaining)
+                if scheme == "paper":
+                    coords = shot_coordinates(shot, scheme=scheme, text_first=traits.text_first) * unit
+                    steps = extent(shot, scheme=scheme)
+                else:
+                    coords = self.adapter.coordinates(given, shot)
+                    steps = measured_extent(coords, traits.unit)
+                origins.append(origin)
+                extents.append(steps)
+                self.rotations.append(self._rotation(coords + origin * unit, given))
+                origin += steps
+        self.origins, self.extents = tuple(origins), tuple(extents)
+
+    def _rotation(self, coords: Tensor, given: ShotInput) -> Rotation | None:
+        pairing, latents = self.adapter.traits.pairing, given.latents
+        assert latents is not None
+        if pairing is None:
+            return None
+        with torch.autocast(latents.device.type, enabled=False):
+            angles = self.adapter.rope(coords.to(latents.device))
+            return rotation(angles, pairing=pairing, dtype=torch.promote_types(latents.dtype, torch.float32))
+
+    def _diagonal(self) -> Tensor | None:
+        """The angles of one step along the diagonal, by which a cached shot is moved."""
+        if self.adapter.traits.pairing is None:
+            return None
+        return self.adapter.rope(torch.tensor([self.adapter.traits.unit], dtype=torch.float64))[0]
+
+
+class _BlockCall:
+    """One block's share of a pass."""
+
+    def __init__(self, call: _Call, index: int) -> None:
+        self.call, self.index = call, index
+
+    def __call__(self, block: nn.Module, states: list[State]) -> list[dict[str, Tensor]]:
+        if self.call.checkpointing and torch.is_grad_enabled():
+            return checkpoint(self._run, block, states, use_reentrant=False)
+        return self._run(block, states)
+
+    def _run(self, block: nn.Module, states: list[State]) -> list[dict[str, Tensor]]:
+        """Every site of a block; returns the streams that changed, shot by shot."""
+        changed: list[dict[str, Tensor]] = [{} for _ in states]
+        for site in self.call.adapter.sites(block):
+            parts = [self.call.adapter.qkv(block, site, state) for state in states]
+            attended = self._attend(site, parts)
+            updates = [
+                self.call.adapter.finish(block, site, state, out, part.aux)
+                for state, part, out in zip(states, parts, attended, strict=True)
+            ]
+            states = _updated(states, updates)
+            changed = [{**old, **new} for old, new in zip(changed, updates, strict=True)]
+        return changed
+
+    def _attend(self, site: Site, parts: list[Any]) -> Sequence[Tensor]:
+        call = self.call
+        queries, keys, values = ([getattr(part, name) for part in parts] for name in "qkv")
+        if site.joint in ("joined", "own_shot"):
+            queries, keys = ([_rotated(x, by) for x, by in zip(xs, call.rotations, strict=True)] for xs in (queries, keys))
+        lengths = [x.shape[1] for x in queries]
+        q, k, v = _autocast(*map(_join, (queries, keys, values)))
+        if call.cache is not None and site.joint in ("joined", "own_and_global_text"):
+            if k.requires_grad or v.requires_grad:
+                raise ValueError("cache: a KV cache is for generation; call under torch.no_grad()")
+            space: Space = "text" if site.joint == "own_and_global_text" else _space(call.adapter)
+            k, v = call.cache.write((self.index, site.name), space, k, v)
+        return attend(q, k, v, call.plan(site), kernel=call.kernel).split(lengths, dim=1)
+
+
+def _updated(states: Sequence[State], updates: Sequence[dict[str, Tensor]]) -> list[State]:
+    return [State({**s.streams, **new}, s.conditioning) for s, new in zip(states, updates, strict=True)]
+
+
+def _rotated(x: Tensor, by: Rotation | None) -> Tensor:
+    return x if by is None else rotate(x, by)
+
+
+def _join(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Under autocast, what torch's own attention does with its inputs; here, so that the cache holds the same."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    return tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors)
+
+
+def _self_attention(adapter: Backbone, layout: Layout) -> Layout:
+    return layout if adapter.traits.text == "joint" else layout.video_only
+
+
+def _space(adapter: Backbone) -> Space:
+    return "tokens" if adapter.traits.text == "joint" else "video"
+
+
+def _pattern(pattern: str | Pattern) -> Pattern:
+    if callable(pattern):
+        return pattern
+    if pattern not in PATTERNS:
+        raise ValueError(f"pattern: got {pattern!r}, expected one of {list(PATTERNS)} or a function from a layout to a plan")
+    return PATTERNS[pattern]
+
+
+def is_scene(shots: Sequence[Any]) -> bool:
+    """Whether this is one scene, a sequence of shots, and not several."""
+    return len(shots) > 0 and all(isinstance(shot, ShotInput) for shot in shots)
+
+
+def _nest(shots: Scene | Sequence[Scene]) -> tuple[list[Scene], bool]:
+    if is_scene(shots):
+        return [shots], False  # type: ignore[list-item]
+    if len(shots) > 0 and all(isinstance(scene, Sequence) and is_scene(scene) for scene in shots):
+        return list(shots), True  # type: ignore[arg-type]
+    raise ValueError(f"shots: got {shots!r}, expected one scene, a sequence of ShotInput, or a sequence of such scenes; "
+                     "none of them empty")
+
+
+def _with_dummy_video(scene: Scene, frames: int) -> list[ShotInput]:
+    """The scene with its global shot's dummy video filled in: one frame of zeros, as large as the first shot's."""
+    first, *rest = scene
+    if first.role != "global" or first.latents is not None:
+        return list(scene)
+    if not rest or rest[0].latents is None:
+        raise ValueError("shots: a global shot without latents needs a shot after it, whose height and width its dummy "
+                         "video takes; alone in a call, give it latents of one frame of zeros")
+    dummy = torch.zeros_like(rest[0].latents[:, :, :frames])
+    return [ShotInput(latents=dummy, text=first.text, extras=first.extras, role="global"), *rest]
+
+
+def _levels(t: Tensor, shots: Sequence[Shot], batch: int) -> Float[Tensor, "batch num_shots"]:
+    if not isinstance(t, Tensor) or not t.is_floating_point() or t.shape not in ((len(shots),), (batch, len(shots))):
+        raise ValueError(f"t: got {describe(t)}, expected floating-point noise levels [{len(shots)}] or "
+                         f"[{batch}, {len(shots)}], one for every shot in row order")
+    levels = t.to(torch.promote_types(t.dtype, torch.float32)).expand(batch, -1)
+    if not bool(((levels >= 0) & (levels <= 1)).all()):
+        raise ValueError(f"t: got levels from {levels.min().item():g} to {levels.max().item():g}, expected [0, 1], 0 = "
+                         "clean and 1 = noise; divide a 0-1000 timestep by 1000")
+    if any(shot.role == "global" and bool(levels[:, i].any()) for i, shot in enumerate(shots)):
+        raise ValueError(f"t: got {t.tolist()}, expected 0 for a global shot: its dummy video is clean")
+    return levels

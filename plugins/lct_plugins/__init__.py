@@ -1,0 +1,1 @@
+"""Attention kernels, one file per family; heavy imports stay inside functions."""

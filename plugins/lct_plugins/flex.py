@@ -1,0 +1,64 @@
+"""FlexAttention: one compiled kernel for any plan, on a block mask built from the plan's ranges.
+
+Dong et al., arXiv 2412.05496. Always compiled: uncompiled FlexAttention materialises the scores. The mask is made once
+for each plan and device. On a CPU it is compiled for inference only.
+"""
+
+from collections.abc import Callable
+from functools import cache, lru_cache
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lct_core import AttentionPlan, KernelRequest, KernelSpec
+from lct_core.backbone import Kernel
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+
+def flex(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float) -> Tensor:
+    """FlexAttention over the plan's block mask."""
+    out = _compiled()(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
+        block_mask=_block_mask(plan, q.device), scale=scale, enable_gqa=q.shape[2] != k.shape[2],
+    )
+    return out.transpose(1, 2)
+
+
+@cache
+def _compiled() -> Callable[..., Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention)
+
+
+@lru_cache(maxsize=8)
+def _block_mask(plan: AttentionPlan, device: torch.device) -> "BlockMask":
+    return plan.block_mask(device=device)
+
+
+def _load() -> Kernel:
+    return flex
+
+
+def _refusals(request: KernelRequest) -> list[str]:
+    reasons = []
+    if request.device.type not in ("cpu", "cuda"):
+        reasons.append(f"device {request.device.type}: compiled FlexAttention runs on cpu and cuda")
+    if request.device.type == "cpu" and request.grad:
+        reasons.append("gradients on a cpu: FlexAttention is compiled for inference only there")
+    if request.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        reasons.append(f"dtype {request.dtype}: expected float32, float16 or bfloat16")
+    if request.head_dim < 16:
+        reasons.append(f"head_dim {request.head_dim}: expected at least 16")
+    return reasons
+
+
+SPEC = KernelSpec(
+    name="flex",
+    summary="compiled FlexAttention on a block mask built from ranges; compiles for each new shape",
+    load=_load,
+    refusals=_refusals,
+)
