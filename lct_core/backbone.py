@@ -202,6 +202,13 @@ class Backbone(ABC):
         frames, height, width = (size // patch for size, patch in zip(latents.shape[2:], traits.patch, strict=True))
         return Shot(text=text.shape[1], grid=(frames, height, width), role=inputs.role)
 
+    def example(self, shot: Shot, *, batch: int, generator: torch.Generator, dtype: torch.dtype) -> ShotInput:
+        """Random inputs of a shot, for tests and benchmarks; override where the model needs extras."""
+        size = [count * patch for count, patch in zip(shot.grid, self.traits.patch, strict=True)]
+        latents = torch.randn(batch, self.traits.latent_channels, *size, generator=generator)
+        text = torch.randn(batch, shot.text, self.traits.text_width, generator=generator)
+        return ShotInput(latents=latents.to(dtype), text=text.to(dtype), role=shot.role)
+
 
 @dataclass(frozen=True, kw_only=True)
 class BackboneSpec:

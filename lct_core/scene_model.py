@@ -259,7 +259,9 @@ class _BlockCall:
                 raise ValueError("cache: a KV cache is for generation; call under torch.no_grad()")
             space: Space = "text" if site.joint == "own_and_global_text" else _space(call.adapter)
             k, v = call.cache.write((self.index, site.name), space, k, v)
-        return attend(q, k, v, call.plan(site), kernel=call.kernel).split(lengths, dim=1)
+        attended = attend(q, k, v, call.plan(site), kernel=call.kernel)
+        # A shot's own tokens lie contiguous whatever surrounds it in the row: a matmul's bits depend on the strides.
+        return [out.contiguous() for out in attended.split(lengths, dim=1)]
 
 
 def _updated(states: Sequence[State], updates: Sequence[dict[str, Tensor]]) -> list[State]:

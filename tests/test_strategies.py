@@ -4,7 +4,7 @@ from hypothesis import find, given
 from hypothesis import strategies as st
 
 from lct_core.layout import Layout, Shot
-from lct_core.testing import layouts, levels, shots
+from lct_core.testing.strategies import layouts, levels, shots
 
 BOUNDS = {"max_scenes": 2, "max_shots": 3, "max_text": 4, "max_grid": (1, 2, 3)}
 

@@ -181,6 +181,16 @@ class Stream(nn.Module):
         return x + mlp_gate * self.mlp(_modulate(self.norm2(x), shift, scale))
 
 
+def tiny() -> MMDiT:
+    """A model of some 200,000 weights, none of them zero: for tests and ``lct conformance lct_backbones.mmdit:tiny``."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = MMDiT(channels=4, text_width=16, width=48, depth=3, heads=2)
+        for parameter in model.parameters():
+            parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
+    return model
+
+
 def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return x * (1 + scale) + shift
 

@@ -1,0 +1,325 @@
+"""The conformance suite: what must hold for every adapter and every kernel, measured on theirs.
+
+``lct conformance MODULE:FACTORY`` runs it; so does a test::
+
+    @pytest.mark.parametrize("scheme", ["anchored", "paper"])
+    def test_conformance(scheme):
+        for finding in conformance(make_my_model, schemes=[scheme]):
+            assert finding.holds, finding
+"""
+
+import copy
+import pickle
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lct_core.attention import attend
+from lct_core.backbone import Backbone, ShotInput
+from lct_core.cache import KVCache
+from lct_core.coordinates import Scheme
+from lct_core.layout import Layout, Range, Shot
+from lct_core.losses import tuning_loss
+from lct_core.masks import AttentionPlan, bidirectional, context_causal, own_and_global_text, selected_history
+from lct_core.plugins import registry
+from lct_core.scene_model import SceneModel, retrofit
+from lct_core.testing.definition import definition
+from lct_core.testing.tolerances import BOUNDS, error
+
+Factory = Callable[[], nn.Module | Backbone]
+
+
+class Finding(NamedTuple):
+    """One measurement.
+
+    Args:
+        invariant: Its number, 1 to 9.
+        name: What must hold.
+        case: Scheme, pattern and dtype that it was measured in.
+        error: What was measured, see :mod:`lct_core.testing.tolerances`.
+        bound: What is allowed.
+    """
+
+    invariant: int
+    name: str
+    case: str
+    error: float
+    bound: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether the error is within its bound."""
+        return self.error <= self.bound
+
+
+def conformance(
+    factory: Factory,
+    *,
+    schemes: Sequence[Scheme] = ("anchored", "paper"),
+    dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16),
+) -> Iterator[Finding]:
+    """Measure every invariant of a scene model, in both patterns, on three small unequal shots.
+
+    Args:
+        factory: Makes a small model that an installed backbone handles, or an adapter around one, with weights that
+            are not trivial: where a scene's shots do not change one another, invariant 2 says so. It must make the same
+            model every time.
+        schemes: Coordinate schemes to run in.
+        dtypes: float32, bfloat16 or both.
+
+    Yields:
+        Findings as they are made.
+    """
+    for dtype in dtypes:
+        for scheme in schemes:
+            made = factory()
+            adapter = made if isinstance(made, Backbone) else registry().adapter(made)
+            adapter.model.to(dtype).eval()
+            yield from _Case(adapter, scheme, dtype).findings()
+
+
+def kernel_conformance(
+    name: str, *, device: str = "cpu", dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16), grad: bool = True
+) -> Iterator[Finding]:
+    """Measure a kernel's outputs and gradients against the reference, over plans of every kind, grouped heads included.
+
+    Bounds are multiples of what plain eager attention with a dense mask errs in the same dtype (9: nothing degrades).
+    """
+    generator = torch.Generator().manual_seed(0)
+    for dtype in dtypes:
+        for case, plan in _plans().items():
+            for heads, kv_heads in ((4, 4), (4, 2)):
+                shapes = [(2, n, h, 32) for n, h in ((plan.queries, heads), (plan.keys, kv_heads), (plan.keys, kv_heads))]
+                inputs = [torch.randn(s, generator=generator).to(device, dtype).requires_grad_(grad) for s in shapes]
+                gradient = torch.randn(shapes[0], generator=generator).to(device, dtype)
+                exact = [x.detach().double().requires_grad_(grad) for x in inputs]
+                truth = _run(lambda q, k, v, plan=plan: attend(q, k, v, plan, kernel="reference"), exact, gradient.double())
+                plain = _run(lambda q, k, v, plan=plan: _eager(q, k, v, plan), inputs, gradient)
+                got = _run(lambda q, k, v, plan=plan: attend(q, k, v, plan, kernel=name), inputs, gradient)
+                for what, g, p, x in zip(("output", "dq", "dk", "dv"), got, plain, truth, strict=False):
+                    yield Finding(9, f"{name}: {what}", f"{case}, {heads}:{kv_heads} heads, {_short(dtype)}", error(g, x),
+                                  BOUNDS[dtype]["kernel"].given(error(p, x)))
+
+
+class _Case:
+    """One adapter in one scheme and dtype, and the inputs that all invariants are measured on."""
+
+    def __init__(self, adapter: Backbone, scheme: Scheme, dtype: torch.dtype) -> None:
+        self.scheme, self.dtype = scheme, dtype
+        self.keys = list(adapter.model.state_dict())
+        self.parameters = sum(p.numel() for p in adapter.model.parameters())
+        self.before = self._single_shots(adapter)
+        self.adapter = adapter
+        self.model = retrofit(adapter.model, scheme=scheme, backbone=adapter)
+
+    def findings(self) -> Iterator[Finding]:
+        """All of them, in order; under no_grad but for the sixth."""
+        with torch.no_grad():
+            yield from self._one_shot()
+            for pattern in ("bidirectional", "context_causal"):
+                yield from self._definition(pattern)
+            yield from self._causal()
+            yield from self._cached()
+            yield from self._packed()
+        yield from self._checkpointed()
+        with torch.no_grad():
+            yield from self._shifted()
+            yield from self._copies()
+            yield from self._refusals()
+
+    def _inputs(self, adapter: Backbone, seed: int = 0) -> tuple[list[ShotInput], Tensor]:
+        """Three shots of different sizes, texts and noise levels, one of them a single token; a batch of two."""
+        generator = torch.Generator().manual_seed(seed)
+        least = 0 if adapter.traits.text == "joint" else 1
+        shots = [Shot(3, (2, 3, 4)), Shot(least, (1, 1, 1)), Shot(5, (1, 4, 2))]
+        dtype = next(adapter.model.parameters()).dtype
+        return [adapter.example(s, batch=2, generator=generator, dtype=dtype) for s in shots], torch.rand(2, 3, generator=generator)
+
+    def _single_shots(self, adapter: Backbone) -> list[Tensor]:
+        shots, t = self._inputs(adapter)
+        clean, noise = adapter.traits.timesteps
+        with torch.no_grad():
+            return [adapter.single_shot(shot, clean + (noise - clean) * t[:, i]) for i, shot in enumerate(shots)]
+
+    def _one_shot(self) -> Iterator[Finding]:
+        after = self._single_shots(self.adapter)
+        yield self._finding(1, "the model's own forward is untouched", "copies", after, self.before)
+        changed = self.keys != list(self.adapter.model.state_dict())
+        added = sum(p.numel() for p in self.adapter.model.parameters()) - self.parameters
+        yield Finding(1, "same state_dict keys and parameter count", self._name(), float(changed) + abs(added), 0.0)
+        if self.scheme == "anchored":
+            shots, t = self._inputs(self.adapter)
+            alone = [self.model([shot], t[:, i : i + 1])[0] for i, shot in enumerate(shots)]
+            own = self._own_error("bidirectional") if self.dtype != torch.float32 else 0.0
+            yield self._finding(1, "one shot equals the base model", "one shot", alone, self.before, own=own)
+
+    def _definition(self, pattern: str) -> Iterator[Finding]:
+        shots, t = self._inputs(self.adapter)
+        got = self.model([shots], t, pattern=pattern)[0]
+        yield self._finding(2, "equals the dense-mask definition", "definition", got, self._truth(pattern), pattern,
+                            own=self._own_error(pattern))
+        others, _ = self._inputs(self.adapter, seed=1)
+        changed = self.model([others[0], *shots[1:]], t, pattern=pattern)
+        deaf = error(changed[2], got[2]) <= 1e-3
+        yield Finding(2, "shots see one another (else the rest proves nothing)", self._name(pattern), float(deaf), 0.0)
+
+    def _causal(self) -> Iterator[Finding]:
+        shots, t = self._inputs(self.adapter)
+        others, levels = self._inputs(self.adapter, seed=1)
+        full = self.model(shots, t, pattern="context_causal")
+        changed = self.model([*shots[:2], others[2]], torch.cat([t[:, :2], levels[:, 2:]], 1), pattern="context_causal")
+        absent = self.model(shots[:2], t[:, :2], pattern="context_causal")
+        name = "a shot does not depend on later shots"
+        yield self._finding(3, name, "causal", [*changed[:2], *absent], [*full[:2], *full[:2]], "context_causal")
+
+    def _cached(self) -> Iterator[Finding]:
+        shots, t = self._inputs(self.adapter)
+        own = self._own_error("context_causal")
+        full = self.model(shots, t, pattern="context_causal")
+        cache, outputs = KVCache(), []
+        for i, shot in enumerate(shots):
+            outputs += self.model([shot], t[:, i : i + 1], pattern="context_causal", cache=cache)
+            cache.append(i)
+        yield self._finding(4, "cached equals uncached", "cached", outputs, full, "context_causal", own=own)
+        cache = KVCache()
+        self.model(shots[:1], t[:, :1], cache=cache)
+        cache.append("first")
+        together = self.model(shots[1:], t[:, 1:], pattern="context_causal", cache=cache)
+        yield self._finding(4, "several shots behind a history", "cached", together, full[1:], "context_causal", own=own)
+
+    def _packed(self) -> Iterator[Finding]:
+        shots, t = self._inputs(self.adapter)
+        for pattern in ("bidirectional", "context_causal"):
+            row = self.model([shots[:2], shots[2:]], t, pattern=pattern)
+            alone = [self.model(shots[:2], t[:, :2], pattern=pattern), self.model(shots[2:], t[:, 2:], pattern=pattern)]
+            yield self._finding(5, "packing changes no scene", "packed", sum(row, []), sum(alone, []), pattern)
+
+    def _checkpointed(self) -> Iterator[Finding]:
+        shots, t = self._inputs(self.adapter)
+        noise = [torch.ones_like(shot.latents) for shot in shots if shot.latents is not None]
+        for pattern in ("bidirectional", "context_causal"):
+            gradients = []
+            for self.model.gradient_checkpointing in (False, True):
+                self.adapter.model.zero_grad()
+                tuning_loss(self.model, shots, t, noise, pattern=pattern).mean.backward()
+                gradients.append([p.grad.flatten() for p in self.adapter.model.parameters() if p.grad is not None])
+            self.model.gradient_checkpointing = False
+            self.adapter.model.zero_grad()
+            plain, checkpointed = (torch.cat(g) for g in gradients)
+            own = self._own_error(pattern) if self.dtype != torch.float32 else 0.0
+            yield self._finding(6, "gradients with checkpointing equal those without", "checkpointed", [checkpointed], [plain],
+                                pattern, own=own)
+
+    def _shifted(self) -> Iterator[Finding]:
+        if self.adapter.traits.pairing is None:
+            return
+        shots, t = self._inputs(self.adapter)
+        shifted = copy.copy(self.adapter)
+        step = torch.tensor(self.adapter.traits.unit, dtype=torch.float64)
+        rope = self.adapter.rope
+        shifted.rope = lambda coords: rope(coords + 64 * step.to(coords.device))  # type: ignore[method-assign]
+        moved = retrofit(shifted.model, scheme=self.scheme, backbone=shifted)
+        for pattern in ("bidirectional", "context_causal"):
+            got, expected = (m(shots, t, pattern=pattern) for m in (moved, self.model))
+            yield self._finding(7, "moving a whole scene changes nothing", "shifted", got, expected, pattern,
+                                own=self._own_error(pattern))
+
+    def _copies(self) -> Iterator[Finding]:
+        """Copies are made, then the original's weights are changed: a copy that runs the original's would show it."""
+        shots, t = self._inputs(self.adapter)
+        weights = copy.deepcopy(self.adapter.model.state_dict())
+        copies = [copy.deepcopy(self.model), pickle.loads(pickle.dumps(self.model))]
+        expected = self.model(shots, t)
+        for parameter in self.adapter.model.parameters():
+            parameter.mul_(1.25)
+        changed = self.model(shots, t)
+        for name, twin in zip(("a deep copy", "a pickle round trip"), copies, strict=True):
+            yield self._finding(8, f"{name} runs its own weights", "copies", twin(shots, t), expected)
+            twin.backbone.load_state_dict(self.adapter.model.state_dict())
+            yield self._finding(8, f"{name} runs the weights loaded into it", "copies", twin(shots, t), changed)
+        self.adapter.model.load_state_dict(weights)
+
+    def _refusals(self) -> Iterator[Finding]:
+        shots, t = self._inputs(self.adapter)
+        latents, text = shots[0].latents, shots[0].text
+        assert latents is not None
+        assert text is not None
+        wrong: dict[str, Callable[[], object]] = {
+            "an unknown kernel": lambda: SceneModel(self.adapter, scheme=self.scheme, kernel="no such kernel")(shots, t),
+            "an unknown scheme": lambda: retrofit(self.adapter.model, scheme="none", backbone=self.adapter),  # type: ignore[arg-type]
+            "an unknown pattern": lambda: self.model(shots, t, pattern="none"),
+            "a noise level above 1": lambda: self.model(shots, t + 1),
+            "a noise level too few": lambda: self.model(shots, t[:, 1:]),
+            "latents with a channel too many": lambda: self.model(
+                [replace(shots[0], latents=torch.cat([latents, latents[:, :1]], 1))], t[:, :1]
+            ),
+            "text of another width": lambda: self.model([replace(shots[0], text=torch.cat([text, text], 2))], t[:, :1]),
+            "an unknown extra": lambda: self.model([replace(shots[0], extras={"no such argument": 1})], t[:, :1]),
+            "an empty scene": lambda: self.model([], t),
+        }
+        for what, call in wrong.items():
+            try:
+                call()
+                silent = 1.0
+            except ValueError:
+                silent = 0.0
+            yield Finding(9, f"refuses {what}", self._name(), silent, 0.0)
+
+    def _truth(self, pattern: str) -> list[Tensor]:
+        """The definition with attention in float64; in half precision all of it, on weights and inputs as they are rounded."""
+        return self._by_definition(pattern, torch.float32 if self.dtype == torch.float32 else torch.float64, exact=True)
+
+    def _own_error(self, pattern: str) -> float:
+        """What plain eager arithmetic in this dtype errs."""
+        plain = self._by_definition(pattern, self.dtype, exact=False)
+        return max(error(p, x) for p, x in zip(plain, self._truth(pattern), strict=True))
+
+    def _by_definition(self, pattern: str, dtype: torch.dtype, *, exact: bool) -> list[Tensor]:
+        shots, t = self._inputs(self.adapter)
+        adapter = copy.deepcopy(self.adapter)
+        adapter.model.to(dtype)
+        shots = [s if dtype == self.dtype else replace(s, latents=s.latents.to(dtype), text=s.text.to(dtype)) for s in shots]  # type: ignore[union-attr]
+        return definition(adapter, [shots], t.to(dtype) if dtype == torch.float64 else t, scheme=self.scheme, pattern=pattern,
+                          exact=exact)
+
+    def _finding(
+        self, invariant: int, name: str, bound: str, got: Sequence[Tensor], expected: Sequence[Tensor], pattern: str = "",
+        *, own: float = 0.0,
+    ) -> Finding:
+        worst = max(error(g, x) for g, x in zip(got, expected, strict=True))
+        return Finding(invariant, name, self._name(pattern), worst, BOUNDS[self.dtype][bound].given(own))
+
+    def _name(self, pattern: str = "") -> str:
+        return ", ".join(filter(None, (self.scheme, pattern, _short(self.dtype))))
+
+
+def _plans() -> dict[str, AttentionPlan]:
+    layout = Layout([[Shot(4, (1, 2, 3), role="global"), Shot(7, (3, 4, 5)), Shot(0, (1, 1, 1)), Shot(2, (2, 5, 3))], [Shot(3, (2, 2, 2))]])
+    return {
+        "bidirectional": bidirectional(layout),
+        "context-causal": context_causal(layout),
+        "history with gaps": selected_history(layout, [[], [0], [1], [0, 2], []]),
+        "own and global text": own_and_global_text(Layout(layout.scenes[:1])),
+        "behind a history": context_causal(layout).rows(Range(layout.spans[2].start, layout.tokens)),
+    }
+
+
+def _eager(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
+    """Plain attention in the dtype of its inputs, with a dense mask."""
+    group = q.shape[2] // k.shape[2]
+    keys, values = (x.movedim(2, 1).repeat_interleave(group, dim=1) for x in (k, v))
+    scores = q.movedim(2, 1) @ keys.mT * q.shape[-1] ** -0.5
+    return (scores.masked_fill(~plan.dense(q.device), float("-inf")).softmax(dim=-1) @ values).movedim(1, 2)
+
+
+def _run(attention: Callable[..., Tensor], inputs: Sequence[Tensor], gradient: Tensor) -> tuple[Tensor, ...]:
+    """The output, and the gradients where there are any."""
+    out = attention(*inputs)
+    return (out, *torch.autograd.grad(out, inputs, gradient)) if out.requires_grad else (out,)
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,114 @@
+"""A scene model by its definition: dense masks and explicit loops over shots, sharing nothing with the engine but the adapter.
+
+What the conformance suite compares the engine with. Slow on purpose: read it to know what Long Context Tuning computes.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from lct_core.backbone import Backbone, ShotInput, State
+from lct_core.layout import Shot
+
+
+def definition(
+    adapter: Backbone,
+    scenes: Sequence[Sequence[ShotInput]],
+    t: Float[Tensor, "*batch shots"],
+    *,
+    scheme: str,
+    pattern: str,
+    exact: bool = True,
+) -> list[Tensor]:
+    """Predictions of every shot of a row, one after the other (paper, 3.2.2 and 3.3).
+
+    Args:
+        adapter: The model's adapter; only self-attention over joined shots is defined here.
+        scenes: Scenes of shots; every shot has latents.
+        t: Noise levels in row order.
+        scheme: ``"anchored"`` or ``"paper"``.
+        pattern: ``"bidirectional"`` or ``"context_causal"``.
+        exact: Whether attention is computed in float64, or eagerly in the model's own dtype: the low-precision reference.
+    """
+    inputs = [shot for scene in scenes for shot in scene]
+    shots = [adapter.shot(given) for given in inputs]
+    clean, noise = adapter.traits.timesteps
+    levels = t.expand(len(inputs[0].latents), -1)  # type: ignore[arg-type]
+    states = [adapter.encode(given, clean + (noise - clean) * levels[:, i]) for i, given in enumerate(inputs)]
+    tables = _turns(adapter, scenes, shots, scheme)
+    for block in adapter.blocks:
+        for site in adapter.sites(block):
+            parts = [adapter.qkv(block, site, state) for state in states]
+            q = torch.cat([_turn(adapter, part.q, turn) for part, turn in zip(parts, tables, strict=True)], dim=1)
+            k = torch.cat([_turn(adapter, part.k, turn) for part, turn in zip(parts, tables, strict=True)], dim=1)
+            v = torch.cat([part.v for part in parts], dim=1)
+            lengths = [part.q.shape[1] for part in parts]
+            out = _attention(q, k, v, _mask(scenes, lengths, pattern), exact).split(lengths, dim=1)
+            states = [
+                State({**state.streams, **adapter.finish(block, site, state, o, part.aux)}, state.conditioning)
+                for state, o, part in zip(states, out, parts, strict=True)
+            ]
+    return [adapter.unpatchify(adapter.head(state), shot) for state, shot in zip(states, shots, strict=True)]
+
+
+def _turns(
+    adapter: Backbone, scenes: Sequence[Sequence[ShotInput]], shots: Sequence[Shot], scheme: str
+) -> list[Float[Tensor, "tokens heads pairs"] | None]:
+    """Every shot's angles, from coordinates written down token by token."""
+    if adapter.traits.pairing is None:
+        return [None] * len(shots)
+    unit = torch.tensor(adapter.traits.unit, dtype=torch.float64)
+    angles: list[Tensor | None] = []
+    remaining = iter(shots)
+    for scene in scenes:
+        origin = 0
+        for given in scene:
+            shot = next(remaining)
+            if scheme == "paper":
+                start = origin + shot.text
+                text = [[origin + i] * 3 for i in range(shot.text)]
+                frames, height, width = shot.grid
+                video = [[start + f, start + y, start + x] for f in range(frames) for y in range(height) for x in range(width)]
+                both = text + video if adapter.traits.text_first else video + text
+                coords = torch.tensor(both, dtype=torch.float64) * unit
+                origin = start + max(shot.grid)
+            else:
+                own = adapter.coordinates(given, shot)
+                coords = own + origin * unit
+                origin += 1 + int(torch.ceil((own / unit).max()))
+            angles.append(adapter.rope(coords))
+    return angles
+
+
+def _turn(adapter: Backbone, x: Tensor, angles: Tensor | None) -> Tensor:
+    """RoPE as multiplication of complex numbers, in float64."""
+    if angles is None:
+        return x
+    turned = 2 * angles.shape[-1]
+    pairs = x[..., :turned].double()
+    interleaved = adapter.traits.pairing == "interleaved"
+    pairs = pairs.unflatten(-1, (-1, 2)) if interleaved else pairs.unflatten(-1, (2, -1)).mT
+    numbers = torch.view_as_complex(pairs.contiguous()) * torch.polar(torch.ones_like(angles.double()), angles.double())
+    out = torch.view_as_real(numbers)
+    out = out.flatten(-2) if interleaved else out.mT.flatten(-2)
+    return torch.cat([out.to(x.dtype), x[..., turned:]], dim=-1)
+
+
+def _mask(scenes: Sequence[Sequence[ShotInput]], lengths: Sequence[int], pattern: str) -> Bool[Tensor, "tokens tokens"]:
+    """Who sees whom, from every token's scene and shot."""
+    scene_of = torch.tensor([s for s, scene in enumerate(scenes) for _ in scene]).repeat_interleave(torch.tensor(lengths))
+    shot_of = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    same_scene = scene_of[:, None] == scene_of[None]
+    return same_scene if pattern == "bidirectional" else same_scene & (shot_of[None] <= shot_of[:, None])
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, exact: bool) -> Tensor:
+    dtype = torch.float64 if exact else q.dtype
+    group = q.shape[2] // k.shape[2]
+    queries, keys, values = (x.to(dtype).movedim(2, 1) for x in (q, k, v))
+    keys, values = keys.repeat_interleave(group, dim=1), values.repeat_interleave(group, dim=1)
+    scores = queries @ keys.mT * q.shape[-1] ** -0.5
+    weights = scores.masked_fill(~mask.to(q.device), float("-inf")).softmax(dim=-1)
+    return (weights @ values).movedim(1, 2).to(q.dtype)
