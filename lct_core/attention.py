@@ -7,7 +7,7 @@ import torch
 from einops import rearrange, repeat
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lct_core.backbone import Kernel, KernelRequest, KernelSpec, describe
@@ -43,11 +43,17 @@ def attend(
         ValueError: for shapes, dtypes or devices that do not fit each other or the plan, and for a kernel that is
             unknown or refuses.
     """
+    _check(q, k, v)
     if not isinstance(plan, AttentionPlan):
         return _by_head_groups(q, k, v, tuple(plan), kernel, scale)
-    _check(q, k, v, plan)
+    _check_plan(q, k, plan)
     request = KernelRequest(
-        plan, q.device, q.dtype, q.shape[2], k.shape[2], q.shape[3],
+        plan,
+        q.device,
+        q.dtype,
+        q.shape[2],
+        k.shape[2],
+        q.shape[3],
         torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad),
     )
     return registry().kernel(kernel, request)(q, k, v, plan, q.shape[-1] ** -0.5 if scale is None else scale)
@@ -73,11 +79,14 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float) -> 
         q.split([s.queries.size for s in plan.segments], dim=1), plan.segments, strict=True
     ):
         assert queries.shape[1] == segment_queries.size
-        k, v, keys, values = _Visible.apply(k, v, ranges)  # type: ignore[no-untyped-call]
+        k, v, keys, values = _Visible.apply(k, v, ranges)
         outputs.append(
             F.scaled_dot_product_attention(
-                queries.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2),
-                scale=scale, enable_gqa=q.shape[2] != k.shape[2],
+                queries.transpose(1, 2),
+                keys.transpose(1, 2),
+                values.transpose(1, 2),
+                scale=scale,
+                enable_gqa=q.shape[2] != k.shape[2],
             ).transpose(1, 2)
         )
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
@@ -99,7 +108,7 @@ class _Visible(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, Tensor | None, None]:
         wholes, parts = grads[:2], grads[2:]
         dk, dv = (
             _scatter_add(whole, part, ctx.ranges, shape)
@@ -113,7 +122,9 @@ def _gather(x: Tensor, ranges: tuple[Range, ...]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
-def _scatter_add(whole: Tensor | None, part: Tensor | None, ranges: tuple[Range, ...], shape: torch.Size) -> Tensor | None:
+def _scatter_add(
+    whole: Tensor | None, part: Tensor | None, ranges: tuple[Range, ...], shape: torch.Size
+) -> Tensor | None:
     if part is None:
         return whole
     if whole is None:
@@ -126,27 +137,36 @@ def _scatter_add(whole: Tensor | None, part: Tensor | None, ranges: tuple[Range,
 def _by_head_groups(
     q: Tensor, k: Tensor, v: Tensor, plans: tuple[AttentionPlan, ...], kernel: str, scale: float | None
 ) -> Tensor:
-    if not plans or q.ndim != 4 or k.ndim != 4 or q.shape[2] % len(plans) or k.shape[2] % len(plans):
-        raise ValueError(f"plan: got {len(plans)} plans for q {describe(q)} and k {describe(k)}, expected a number of "
-                         "head groups that divides both their numbers of heads (the third axis)")
+    if not plans or q.shape[2] % len(plans) or k.shape[2] % len(plans):
+        raise ValueError(
+            f"plan: got {len(plans)} plans for q {describe(q)} and k {describe(k)}, expected a number of "
+            "head groups that divides both their numbers of heads (the third axis)"
+        )
     groups = zip(*(x.chunk(len(plans), dim=2) for x in (q, k, v)), plans, strict=True)
-    return torch.cat([attend(*tensors, plan, kernel=kernel, scale=scale) for *tensors, plan in groups], dim=2)
+    return torch.cat([attend(*group, kernel=kernel, scale=scale) for group in groups], dim=2)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
     shapes = f"q {describe(q)}, k {describe(k)}, v {describe(v)}"
     if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or len(q) != len(k) or q.shape[3] != k.shape[3]:
-        raise ValueError(f"q, k, v: got {shapes}, expected [batch, tokens, heads, head_dim], k and v alike, "
-                         "with the batch and head_dim of q")
+        raise ValueError(
+            f"q, k, v: got {shapes}, expected [batch, tokens, heads, head_dim], k and v alike, "
+            "with the batch and head_dim of q"
+        )
     if not k.shape[2] or q.shape[2] % k.shape[2]:
         raise ValueError(f"k, v: got {k.shape[2]} heads for the {q.shape[2]} of q, expected a divisor of them")
-    if q.shape[1] != plan.queries or k.shape[1] != plan.keys:
-        raise ValueError(f"plan: it has {plan.queries} queries and {plan.keys} keys, but got {shapes}; "
-                         "build the plan from the layout of these tokens")
     if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
         raise ValueError(f"q, k, v: got dtypes {q.dtype}, {k.dtype}, {v.dtype}, expected one floating-point dtype")
     if not q.device == k.device == v.device:
         raise ValueError(f"q, k, v: got devices {q.device}, {k.device}, {v.device}, expected one device")
+
+
+def _check_plan(q: Tensor, k: Tensor, plan: AttentionPlan) -> None:
+    if q.shape[1] != plan.queries or k.shape[1] != plan.keys:
+        raise ValueError(
+            f"plan: it has {plan.queries} queries and {plan.keys} keys, but got q {describe(q)} and k {describe(k)}; "
+            "build the plan from the layout of these tokens"
+        )
 
 
 def _load_reference() -> Kernel:

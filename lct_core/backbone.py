@@ -24,7 +24,7 @@ Joint = Literal["joined", "own_shot", "own_text", "own_and_global_text"]
 Kernel = Callable[[Tensor, Tensor, Tensor, AttentionPlan, float], Tensor]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class ShotInput:
     """One shot, as the model takes it.
 
@@ -36,8 +36,8 @@ class ShotInput:
         role: ``"shot"``, or ``"global"`` for the global prompt, which has no output and no loss.
     """
 
-    latents: Float[Tensor, "batch channels frames height width"] | None = None
-    text: Float[Tensor, "batch tokens width"] | None = None
+    text: Float[Tensor, "batch tokens width"]
+    latents: Float[Tensor, "batch channels frames height width"] = None  # type: ignore[assignment]  # filled in by then
     extras: Mapping[str, Any] = field(default_factory=dict)
     role: Role = "shot"
 
@@ -170,8 +170,10 @@ class Backbone(ABC):
 
         Needed wherever ``traits.pairing`` is given. A heads axis of 1 serves all heads.
         """
-        raise NotImplementedError(f"{type(self).__name__}.rope: traits.pairing is {self.traits.pairing!r}, so the "
-                                  "adapter must give angles; a model without RoPE has pairing=None")
+        raise NotImplementedError(
+            f"{type(self).__name__}.rope: traits.pairing is {self.traits.pairing!r}, so the "
+            "adapter must give angles; a model without RoPE has pairing=None"
+        )
 
     def coordinates(self, inputs: ShotInput, shot: Shot) -> Float[Tensor, "tokens 3"]:
         """The model's own coordinates of a shot's self-attention tokens, in its own order and units; float64.
@@ -188,17 +190,24 @@ class Backbone(ABC):
         """
         traits, latents, text = self.traits, inputs.latents, inputs.text
         if latents is None or latents.ndim != 5 or latents.shape[1] != traits.latent_channels:
-            raise ValueError(f"latents: got {describe(latents)}, expected [batch, {traits.latent_channels}, frames, height, "
-                             "width]")
+            raise ValueError(
+                f"latents: got {describe(latents)}, expected [batch, {traits.latent_channels}, frames, height, width]"
+            )
         if text is None or text.ndim != 3 or text.shape[2] != traits.text_width or len(text) != len(latents):
-            raise ValueError(f"text: got {describe(text)}, expected [{len(latents)}, tokens, {traits.text_width}]: "
-                             "one encoded prompt for every entry of the batch")
+            raise ValueError(
+                f"text: got {describe(text)}, expected [{len(latents)}, tokens, {traits.text_width}]: "
+                "one encoded prompt for every entry of the batch"
+            )
         if any(size % patch or not size for size, patch in zip(latents.shape[2:], traits.patch, strict=True)):
-            raise ValueError(f"latents: got frames, height, width {tuple(latents.shape[2:])}, expected positive multiples "
-                             f"of the patch {traits.patch}; crop or pad the video")
+            raise ValueError(
+                f"latents: got frames, height, width {tuple(latents.shape[2:])}, expected positive multiples "
+                f"of the patch {traits.patch}; crop or pad the video"
+            )
         if unknown := set(inputs.extras) - traits.extras:
-            raise ValueError(f"extras: got {sorted(unknown)}, which {type(self.model).__name__} does not take; "
-                             f"it takes {sorted(traits.extras) or 'none'}")
+            raise ValueError(
+                f"extras: got {sorted(unknown)}, which {type(self.model).__name__} does not take; "
+                f"it takes {sorted(traits.extras) or 'none'}"
+            )
         frames, height, width = (size // patch for size, patch in zip(latents.shape[2:], traits.patch, strict=True))
         return Shot(text=text.shape[1], grid=(frames, height, width), role=inputs.role)
 

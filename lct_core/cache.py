@@ -101,9 +101,7 @@ class KVCache:
     @property
     def nbytes(self) -> int:
         """Bytes of memory held, spare room included."""
-        return sum(
-            t.nbytes for store in self._stores.values() for t in (store.k, store.v, *store.originals.values())
-        )
+        return sum(t.nbytes for store in self._stores.values() for t in (store.k, store.v, *store.originals.values()))
 
     def append(self, *ids: Hashable) -> None:
         """Keep the shots of the last call as history, under these ids, in the call's order.
@@ -112,11 +110,15 @@ class KVCache:
             ValueError: where no call has written since, the number of ids differs, or an id is taken.
         """
         if self._stage is None:
-            raise ValueError("append: no call has written to this cache since the last append, select or reposition; "
-                             "call the scene model with cache=cache first")
+            raise ValueError(
+                "append: no call has written to this cache since the last append, select or reposition; "
+                "call the scene model with cache=cache first"
+            )
         if len(ids) != len(self._stage.shots):
-            raise ValueError(f"ids: got {len(ids)}, {list(ids)}, expected {len(self._stage.shots)}, "
-                             "one for each shot of the last call")
+            raise ValueError(
+                f"ids: got {len(ids)}, {list(ids)}, expected {len(self._stage.shots)}, "
+                "one for each shot of the last call"
+            )
         if taken := [i for n, i in enumerate(ids) if i in self.ids or i in ids[:n]]:
             raise ValueError(f"ids: {taken} are taken; the cache holds {list(self.ids)}")
         self._history += [
@@ -183,9 +185,12 @@ class KVCache:
                 if origin == entry.origin:
                     continue
                 keys = store.k[:, spans[entry.id].slice]
-                original = store.originals.setdefault(entry.id, keys.clone())
+                if entry.id not in store.originals:
+                    store.originals[entry.id] = keys.clone()
+                original = store.originals[entry.id]
                 if origin == entry.written:
-                    keys.copy_(store.originals.pop(entry.id))
+                    keys.copy_(original)
+                    del store.originals[entry.id]
                 else:
                     keys.copy_(move(original, origin - entry.written, diagonal=self._diagonal, pairing=self._pairing))
         self._history = [replace(e, origin=origin) for e, origin in zip(self._history, targets, strict=True)]
@@ -211,12 +216,17 @@ class KVCache:
         store = self._stores.get(key)
         if store is None:
             if start:
-                raise ValueError(f"cache: it holds {len(self.ids)} shots, but nothing for block {key[0]}, site {key[1]!r}; "
-                                 "a cache belongs to the model and branch that filled it")
-            store = self._stores[key] = _Store(space, *(_room(x, 0, max(stop, self._capacity)) for x in (k, v)))
+                raise ValueError(
+                    f"cache: it holds {len(self.ids)} shots, but nothing for block {key[0]}, site {key[1]!r}; "
+                    "a cache belongs to the model and branch that filled it"
+                )
+            room = stop if space == "text" else max(stop, self._capacity)
+            store = self._stores[key] = _Store(space, _room(k, 0, room), _room(v, 0, room))
         if (store.k.shape[0], *store.k.shape[2:], store.k.dtype) != (k.shape[0], *k.shape[2:], k.dtype):
-            raise ValueError(f"cache: it holds keys of batch {store.k.shape[0]}, heads and channels {list(store.k.shape[2:])}, "
-                             f"{store.k.dtype}; this call has {k.shape[0]}, {list(k.shape[2:])}, {k.dtype}; use another cache")
+            raise ValueError(
+                f"cache: it holds keys of batch {store.k.shape[0]}, heads and channels {list(store.k.shape[2:])}, "
+                f"{store.k.dtype}; this call has {k.shape[0]}, {list(k.shape[2:])}, {k.dtype}; use another cache"
+            )
         if stop > store.k.shape[1]:
             store.k, store.v = _room(store.k, start, stop), _room(store.v, start, stop)
         store.k[:, start:stop] = k

@@ -57,26 +57,31 @@ def extent(shot: Shot, *, scheme: Scheme) -> int:
 def measured_extent(coords: Float[Tensor, "tokens 3"], unit: tuple[float, float, float]) -> int:
     """The extent of a shot that stands at its base model's own coordinates.
 
-    One step more than the largest coordinate over all axes, in diagonal units, rounded up.
+    One step more than the largest coordinate over all axes, in diagonal units, rounded up. The last thousandth of a step
+    is taken for rounding of the coordinates (ours): 3 · 0.1 / 0.1 is more than 3 in floating point.
 
     Args:
         coords: The base model's coordinates of the shot's tokens, text included, before any move.
         unit: The coordinates, per axis, that make one diagonal step.
     """
-    return 1 + (coords / coords.new_tensor(unit)).max().ceil().int().item()
+    return 1 + int(((coords / coords.new_tensor(unit)).max() - 1e-3).ceil())
 
 
 def check_scheme(scheme: Scheme) -> Scheme:
     """Return the scheme, or raise ``ValueError`` for one that does not exist."""
     if scheme not in get_args(Scheme):
-        raise ValueError(f'scheme: got {scheme!r}, expected "paper" (needs single-shot tuning on a base model whose '
-                         'text has no RoPE) or "anchored" (exact on any base model)')
+        raise ValueError(
+            f'scheme: got {scheme!r}, expected "paper" (needs single-shot tuning on a base model whose '
+            'text has no RoPE) or "anchored" (exact on any base model)'
+        )
     return scheme
 
 
 def _place(out: Tensor, shot: Shot, scheme: Scheme, text_first: bool, origin: int) -> None:
     """Write one shot's coordinates into ``out``, in place."""
-    text, video = out.split([shot.text, shot.video] if text_first else [shot.video, shot.text])[:: 1 if text_first else -1]
+    text, video = out.split([shot.text, shot.video] if text_first else [shot.video, shot.text])[
+        :: 1 if text_first else -1
+    ]
     if scheme == "paper":
         text.copy_(torch.arange(origin, origin + shot.text)[:, None])
         origin += shot.text

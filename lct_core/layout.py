@@ -99,8 +99,10 @@ class Layout:
                 raise ValueError(f"scenes: scene {i} (counting from 0) has no shot, expected at least one")
             for j, shot in enumerate(scene):
                 if not isinstance(shot, Shot):
-                    raise ValueError(f"scenes: shot {j} of scene {i} is {shot!r}, expected a Shot; "
-                                     "scenes are nested: Layout([[shot, shot], [shot]])")
+                    raise ValueError(
+                        f"scenes: shot {j} of scene {i} is {shot!r}, expected a Shot; "
+                        "scenes are nested: Layout([[shot, shot], [shot]])"
+                    )
                 if shot.role == "global" and j > 0:
                     raise ValueError(
                         f"scenes: shot {j} of scene {i} (counting from 0) is global; "

@@ -1,15 +1,17 @@
 """The loss of Long Context Tuning (Eq. 1; paper, 3.4 and A.1)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from jaxtyping import Float
 from torch import Tensor, stack
 from torch.nn import functional as F
 
-from lct_core.backbone import ShotInput
+from lct_core.backbone import ShotInput, describe
 from lct_core.masks import Pattern
-from lct_core.scene_model import Scene, SceneModel, is_scene
+from lct_core.noise import Path
+from lct_core.scene_model import Scene, SceneModel, as_scenes, noise_levels
 
 
 class SceneLoss(NamedTuple):
@@ -37,9 +39,12 @@ def scene_loss(outputs: Sequence[Any], targets: Sequence[Any]) -> SceneLoss:
     if not pairs:
         raise ValueError("outputs: got no shot with a prediction, expected at least one that is not global")
     for i, (output, target) in enumerate(pairs):
+        if not isinstance(target, Tensor):
+            raise ValueError(f"targets: target {i} is {target!r}, expected a tensor shaped like its prediction")
         if output.shape != target.shape:
-            raise ValueError(f"targets: target {i} has shape {list(target.shape)}, expected {list(output.shape)} "
-                             "like its prediction")
+            raise ValueError(
+                f"targets: target {i} has shape {list(target.shape)}, expected {list(output.shape)} like its prediction"
+            )
     shots = stack([F.mse_loss(output.float(), target.float()) for output, target in pairs])
     return SceneLoss(shots.mean(), shots)
 
@@ -64,35 +69,41 @@ def tuning_loss(
     Raises:
         ValueError: as :class:`SceneModel` and :func:`scene_loss` do.
     """
-    path = model.adapter.traits.path
-    flat = list(_pairs(shots, noise))
-    batch = next(len(shot.latents) for shot, _ in flat if shot.latents is not None)
-    levels = t.expand(batch, -1)
-    noisy, targets = [], []
-    for i, (shot, eps) in enumerate(flat):
-        if shot.role == "global" or shot.latents is None:
-            noisy.append(shot)
-            targets.append(None)
-        else:
-            latents = path.add_noise(shot.latents, eps, levels[:, i])
-            noisy.append(ShotInput(latents=latents, text=shot.text, extras=shot.extras, role=shot.role))
-            targets.append(path.target(shot.latents, eps, levels[:, i]))
-    out = model(_nested_like(shots, noisy), t, pattern=pattern)
-    return scene_loss(out, _nested_like(shots, targets))
+    scenes, nested = as_scenes(shots)
+    draws = noise if nested else [noise]
+    if not all(isinstance(draw, list | tuple) for draw in draws) or [*map(len, scenes)] != [*map(len, draws)]:
+        raise ValueError("noise: it is not nested like shots; expected one tensor, or None for a global shot, per shot")
+    roles = [shot.role for scene in scenes for shot in scene]
+    batch = next((len(shot.latents) for scene in scenes for shot in scene if isinstance(shot.latents, Tensor)), 1)
+    levels = iter(noise_levels(t, roles, batch).unbind(-1))
+    pairs = [
+        [_noised(model.adapter.traits.path, shot, eps, next(levels)) for shot, eps in zip(scene, draw, strict=True)]
+        for scene, draw in zip(scenes, draws, strict=True)
+    ]
+    outputs = model([[shot for shot, _ in scene] for scene in pairs], t, pattern=pattern)
+    return scene_loss(outputs, [[target for _, target in scene] for scene in pairs])
 
 
-def _pairs(a: Sequence[Any], b: Sequence[Any]) -> Any:
+def _noised(path: Path, shot: ShotInput, eps: Tensor, level: Tensor) -> tuple[ShotInput, Tensor | None]:
+    """A shot at its noise level, and what is to be predicted of it."""
+    if shot.role == "global":
+        return shot, None
+    if not isinstance(shot.latents, Tensor) or not isinstance(eps, Tensor):
+        raise ValueError(
+            f"shots, noise: got latents {describe(shot.latents)} and noise {describe(eps)}, expected tensors "
+            "alike: only a global shot goes without"
+        )
+    return replace(shot, latents=path.add_noise(shot.latents, eps, level)), path.target(shot.latents, eps, level)
+
+
+def _pairs(a: Sequence[Any], b: Sequence[Any]) -> Iterator[tuple[Any, Any]]:
+    """What stands at the same place of two nestings, None left out."""
     if len(a) != len(b):
-        raise ValueError(f"targets, noise: got {len(b)} entries for {len(a)} shots or scenes, expected them nested alike")
+        raise ValueError(f"targets: got {len(b)} entries for {len(a)} outputs, expected the two nested alike")
     for x, y in zip(a, b, strict=True):
+        if isinstance(x, list | tuple) != isinstance(y, list | tuple):
+            raise ValueError(f"targets: got {describe(y)} for {describe(x)}, expected the two nested alike")
         if isinstance(x, list | tuple):
             yield from _pairs(x, y)
         elif x is not None:
             yield x, y
-
-
-def _nested_like(shots: Scene | Sequence[Scene], flat: Sequence[Any]) -> list[Any]:
-    if is_scene(shots):
-        return list(flat)
-    items = iter(flat)
-    return [[next(items) for _ in scene] for scene in shots]

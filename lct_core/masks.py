@@ -62,8 +62,8 @@ class AttentionPlan:
             order and merged, so no key counts twice.
 
     Raises:
-        ValueError: where the segments do not cover the query space in order, a key range leaves the key space, or some
-            queries see no key.
+        ValueError: where the segments do not cover the query space in order, a key range leaves the key space or
+            stops before it starts, or some queries see no key.
     """
 
     queries: int
@@ -76,13 +76,19 @@ class AttentionPlan:
         end = 0
         for i, (queries, keys) in enumerate(segments):
             if queries.start != end or queries.size < 1:
-                raise ValueError(f"segments: segment {i} has queries {tuple(queries)}, expected a range from {end} on: "
-                                 "segments cover the query space in order, without gap or overlap")
+                raise ValueError(
+                    f"segments: segment {i} has queries {tuple(queries)}, expected a range from {end} on: "
+                    "segments cover the query space in order, without gap or overlap"
+                )
             if not keys:
-                raise ValueError(f"segments: the queries {tuple(queries)} of segment {i} see no key, expected at least one")
+                raise ValueError(
+                    f"segments: the queries {tuple(queries)} of segment {i} see no key, expected at least one"
+                )
             if keys[0].start < 0 or keys[-1].stop > self.keys:
-                raise ValueError(f"segments: segment {i} sees keys {[tuple(k) for k in keys]}, "
-                                 f"expected ranges within (0, {self.keys})")
+                raise ValueError(
+                    f"segments: segment {i} sees keys {[tuple(k) for k in keys]}, "
+                    f"expected ranges within (0, {self.keys})"
+                )
             end = queries.stop
         if end != self.queries:
             raise ValueError(f"segments: they end at query {end}, expected {self.queries}, the size of the query space")
@@ -155,7 +161,10 @@ class AttentionPlan:
         full = counts == block_size[0] * block_size[1]  # the padded tail counts as partial: its padding is unseen
         partial = (counts > 0) & ~full
         return BlockMask.from_kv_blocks(
-            *_ordered(partial, device), *_ordered(full, device), BLOCK_SIZE=block_size, mask_mod=self._mask_mod(device),
+            *_ordered(partial, device),
+            *_ordered(full, device),
+            BLOCK_SIZE=block_size,
+            mask_mod=self._mask_mod(device),
             seq_lengths=(self.queries, self.keys),
         )
 
@@ -220,8 +229,10 @@ def selected_history(layout: Layout, history: Sequence[Iterable[int]]) -> Attent
         for shot in scene:
             for other in chosen[shot]:
                 if not scene.start <= other < shot:
-                    raise ValueError(f"history: shot {shot} is to see shot {other}, expected earlier shots of its own "
-                                     f"scene: {list(range(scene.start, shot))}")
+                    raise ValueError(
+                        f"history: shot {shot} is to see shot {other}, expected earlier shots of its own "
+                        f"scene: {list(range(scene.start, shot))}"
+                    )
     return _plan(
         layout,
         layout.spans,
@@ -256,14 +267,19 @@ def _text_plan(layout: Layout, *, with_global: bool) -> AttentionPlan:
         for shot in scene:
             keys = _merge([*shared, texts[shot]])
             if not keys:
-                raise ValueError(f"layout: shot {shot} (in row order) has no text to attend to, expected text > 0"
-                                 + (" or a global shot in its scene" if with_global else ""))
+                raise ValueError(
+                    f"layout: shot {shot} (in row order) has no text to attend to, expected text > 0"
+                    + (" or a global shot in its scene" if with_global else "")
+                )
             segments.append(Segment(videos[shot], keys))
     return AttentionPlan(videos[-1].stop, texts[-1].stop, tuple(segments))
 
 
 def _merge(ranges: Iterable[tuple[int, int]]) -> tuple[Range, ...]:
     """Ranges in order, without the empty ones, those that touch or overlap made one."""
+    ranges = list(ranges)
+    if backward := [tuple(r) for r in ranges if r[0] > r[1]]:
+        raise ValueError(f"segments: key ranges {backward} stop before they start")
     merged: list[Range] = []
     for start, stop in sorted(r for r in ranges if r[0] < r[1]):
         if merged and start <= merged[-1].stop:

@@ -17,6 +17,8 @@ from torch import nn
 
 from lct_core.backbone import Backbone, BackboneSpec, Kernel, KernelRequest, KernelSpec
 
+_MOST_RESOLVED = 1024
+
 hookspec = pluggy.HookspecMarker("lct")
 hookimpl = pluggy.HookimplMarker("lct")
 
@@ -81,8 +83,9 @@ class Registry:
             if self._manager.has_plugin(name):
                 self._manager.unregister(name=name)
             hooks = [hook for hook in vars(Hooks) if hook.startswith("lct_")]
-            raise PluginError(f"plugin {name!r}{origin}: {type(error).__name__}: {error}; "
-                              f"the hooks there are: {hooks}") from error
+            raise PluginError(
+                f"plugin {name!r}{origin}: {type(error).__name__}: {error}; the hooks there are: {hooks}"
+            ) from error
 
     @property
     def backbones(self) -> dict[str, BackboneSpec]:
@@ -103,13 +106,18 @@ class Registry:
         try:
             return self._resolved[name, request]
         except KeyError:
-            kernel = self._resolved[name, request] = self._choose(name, request).load()
+            kernel = self._choose(name, request).load()
+            if len(self._resolved) >= _MOST_RESOLVED:  # a run with other scenes in every row has no end of plans
+                self._resolved.clear()
+            self._resolved[name, request] = kernel
             return kernel
 
     def _choose(self, name: str, request: KernelRequest) -> KernelSpec:
         if name != "auto" and name not in self._kernels:
             raise ValueError(f'kernel: got {name!r}, expected "auto" or one of {list(self.kernels)}')
-        candidates = [s for s in self.kernels.values() if s.rank is not None] if name == "auto" else [self._kernels[name]]
+        candidates = (
+            [s for s in self.kernels.values() if s.rank is not None] if name == "auto" else [self._kernels[name]]
+        )
         reasons = []
         for spec in candidates:
             refusals = spec.refusals(request)
@@ -134,8 +142,10 @@ class Registry:
             full_name = f"{cls.__module__}.{cls.__qualname__}"
             found = [spec for spec in self._backbones.values() if full_name in spec.handles]
             if len(found) > 1:
-                raise ValueError(f"model: {full_name} is handled by {[s.name for s in found]}; "
-                                 "choose one with retrofit(model, backbone=NAME)")
+                raise ValueError(
+                    f"model: {full_name} is handled by {[s.name for s in found]}; "
+                    "choose one with retrofit(model, backbone=NAME)"
+                )
             if found:
                 return resolve_name(found[0].adapter)(model)
         handled = "\n".join(f"  {spec.name}: {', '.join(spec.handles)}" for spec in self.backbones.values())
@@ -152,7 +162,9 @@ class Registry:
         """
         spec = self._backbone(name)
         if spec.build is None:
-            raise ValueError(f"name: backbone {name!r} adapts models but cannot make one; load one with its own library")
+            raise ValueError(
+                f"name: backbone {name!r} adapts models but cannot make one; load one with its own library"
+            )
         return resolve_name(spec.build)(**config)
 
     def _backbone(self, name: str) -> BackboneSpec:
@@ -175,8 +187,10 @@ class Registry:
         for name, times in Counter(spec.name for spec, _ in announced).items():
             if times > 1 or name == "auto":
                 owners = sorted(plugin for spec, plugin in announced if spec.name == name)
-                raise PluginError(f"{kind} {name!r} is announced by plugins {owners}, but a name must be unique "
-                                  f'and not "auto"; there are: {sorted({spec.name for spec, _ in announced})}')
+                raise PluginError(
+                    f"{kind} {name!r} is announced by plugins {owners}, but a name must be unique "
+                    f'and not "auto"; there are: {sorted({spec.name for spec, _ in announced})}'
+                )
         return {spec.name: spec for spec, _ in announced}
 
     def _names(self) -> list[str]:

@@ -55,19 +55,26 @@ def rotation(
     """The cosines and sines of some angles, computed in the angles' own dtype and cast once.
 
     Args:
-        angles: Radians, one for every pair of channels; a heads axis of 1 serves all heads.
+        angles: Radians, one for every pair of channels, float32 or float64; a heads axis of 1 serves all heads.
         pairing: Which channels make a pair: ``"interleaved"``, channels 2i and 2i+1; ``"half"``, channels i and
             i + pairs. Channels beyond twice the number of pairs are left as they are.
         dtype: float32 (default), or float64 to prove something.
 
     Raises:
-        ValueError: for an unknown pairing or a dtype too coarse for positions.
+        ValueError: for an unknown pairing, or angles or a dtype too coarse for positions.
     """
     if pairing not in get_args(Pairing):
         raise ValueError(f'pairing: got {pairing!r}, expected "interleaved" or "half"')
+    if angles.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"angles: got {angles.dtype}, expected torch.float32 or torch.float64: "
+            "half-precision angles lose the position of a token in a long scene"
+        )
     if dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"dtype: got {dtype}, expected torch.float32 or torch.float64: "
-                         "half-precision cosines lose the position of a token in a long scene")
+        raise ValueError(
+            f"dtype: got {dtype}, expected torch.float32 or torch.float64: "
+            "half-precision cosines lose the position of a token in a long scene"
+        )
     return Rotation(angles.cos().to(dtype), angles.sin().to(dtype), pairing)
 
 

@@ -1,7 +1,9 @@
 """The engine: it joins the shots of a scene inside every block of a single-shot DiT."""
 
 from collections.abc import Sequence
-from typing import Any
+from inspect import Signature, signature, unwrap
+from types import MethodType
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -13,7 +15,7 @@ from lct_core.attention import attend
 from lct_core.backbone import Backbone, ShotInput, Site, State, describe
 from lct_core.cache import KVCache, Space, Stage
 from lct_core.coordinates import Scheme, check_scheme, extent, measured_extent, shot_coordinates
-from lct_core.layout import Layout, Range, Shot
+from lct_core.layout import Layout, Range, Role
 from lct_core.masks import PATTERNS, AttentionPlan, Pattern
 from lct_core.plugins import registry
 from lct_core.rope import Rotation, rotate, rotation
@@ -55,16 +57,20 @@ class SceneModel:
     Not a module: ``backbone`` is, and is what one trains, saves and moves between devices.
     """
 
-    def __init__(
-        self, adapter: Backbone, *, scheme: Scheme, kernel: str, gradient_checkpointing: bool = False
-    ) -> None:
+    def __init__(self, adapter: Backbone, *, scheme: Scheme, kernel: str, gradient_checkpointing: bool = False) -> None:
         self.adapter = adapter
         self.scheme: Scheme = check_scheme(scheme)
         self.kernel = kernel
         self.gradient_checkpointing = gradient_checkpointing
         for module in (adapter.model, *adapter.blocks):
-            if not isinstance(module.__dict__.get("forward"), _Dispatch):
+            own = module.__dict__.get("forward")
+            if own is None:
                 module.forward = _Dispatch(module)
+            elif not isinstance(unwrap(own), _Dispatch):
+                raise ValueError(
+                    f"model: this {type(module).__name__}'s forward was replaced on the instance, by an offloading hook "
+                    "for example, and would be lost; retrofit first, add such hooks afterwards"
+                )
 
     @property
     def backbone(self) -> nn.Module:
@@ -95,15 +101,17 @@ class SceneModel:
         Raises:
             ValueError: naming the argument, for anything that does not fit the model, the batch or the cache.
         """
-        scenes, nested = _nest(shots)
+        scenes, nested = as_scenes(shots)
         inputs = [shot for scene in scenes for shot in _with_dummy_video(scene, self.adapter.traits.patch[0])]
         counts = [self.adapter.shot(shot) for shot in inputs]
-        batch = len(inputs[0].latents)  # type: ignore[arg-type]  # every shot has latents by now
+        batch = len(inputs[0].latents)
         for i, shot in enumerate(inputs):
-            if len(shot.latents) != batch:  # type: ignore[arg-type]
-                raise ValueError(f"shots: shot {i} has a batch of {len(shot.latents)}, expected {batch} like the first: "  # type: ignore[arg-type]
-                                 "entries of a batch share one layout; put other scenes side by side in a row")
-        levels = _levels(t, counts, batch)
+            if len(shot.latents) != batch:
+                raise ValueError(
+                    f"shots: shot {i} has a batch of {len(shot.latents)}, expected {batch} like the first: "
+                    "entries of a batch share one layout; put other scenes side by side in a row"
+                )
+        levels = noise_levels(t, [shot.role for shot in counts], batch)
         flat = iter(counts)
         layout = Layout([[next(flat) for _ in scene] for scene in scenes], self.adapter.traits.text_first)
         call = _Call(self, layout, inputs, pattern, cache)
@@ -123,6 +131,11 @@ class _Dispatch:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
 
+    @property
+    def __signature__(self) -> Signature:
+        """The module's own, for libraries that look up what a model takes."""
+        return signature(MethodType(type(self.module).forward, self.module))
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if args and isinstance(args[0], (_Call, _BlockCall)):
             return args[0](self.module, *args[1:])
@@ -133,20 +146,28 @@ class _Call:
     """One pass over a row: plans and rotations, made once and shared by all blocks. Opaque to hooks on purpose."""
 
     def __init__(
-        self, engine: SceneModel, layout: Layout, inputs: Sequence[ShotInput], pattern: str | Pattern, cache: KVCache | None
+        self,
+        engine: SceneModel,
+        layout: Layout,
+        inputs: Sequence[ShotInput],
+        pattern: str | Pattern,
+        cache: KVCache | None,
     ) -> None:
         self.adapter, self.kernel, self.cache, self.layout = engine.adapter, engine.kernel, cache, layout
         self.checkpointing = engine.gradient_checkpointing
         self.pattern = _pattern(pattern)
         if cache is not None and len(layout.scenes) != 1:
-            raise ValueError(f"cache: got {len(layout.scenes)} scenes, expected one: a cache is the history of one scene")
+            raise ValueError(
+                f"cache: got {len(layout.scenes)} scenes, expected one: a cache is the history of one scene"
+            )
         history = [] if cache is None else [entry.shot for entry in cache.shots]
         self.history = len(history)
         self.whole = Layout([[*history, *layout.shots]], layout.text_first) if cache is not None else layout
         self.plans: dict[str, AttentionPlan] = {}
-        self._place(engine.scheme, inputs)
-        if cache is not None:
-            cache.begin(self._diagonal(), self.adapter.traits.pairing)
+        with torch.autocast(inputs[0].latents.device.type, enabled=False):
+            self._place(engine.scheme, inputs)
+            if cache is not None:
+                cache.begin(self._diagonal(), self.adapter.traits.pairing)
 
     def __call__(self, model: nn.Module, inputs: Sequence[ShotInput], levels: Tensor) -> list[Tensor | None]:
         clean, noise = self.adapter.traits.timesteps
@@ -184,7 +205,7 @@ class _Call:
         return _self_attention(self.adapter, self.layout).tokens
 
     def _place(self, scheme: Scheme, inputs: Sequence[ShotInput]) -> None:
-        """Run the diagonal cursor over every scene; rotations are made outside autocast, in float32 at least."""
+        """Run the diagonal cursor over every scene; rotations are made in float32 at least (and outside autocast)."""
         traits, shots = self.adapter.traits, iter(_self_attention(self.adapter, self.layout).shots)
         unit = torch.tensor(traits.unit, dtype=torch.float64)
         origins, extents = [], []
@@ -208,12 +229,10 @@ class _Call:
 
     def _rotation(self, coords: Tensor, given: ShotInput) -> Rotation | None:
         pairing, latents = self.adapter.traits.pairing, given.latents
-        assert latents is not None
         if pairing is None:
             return None
-        with torch.autocast(latents.device.type, enabled=False):
-            angles = self.adapter.rope(coords.to(latents.device))
-            return rotation(angles, pairing=pairing, dtype=torch.promote_types(latents.dtype, torch.float32))
+        angles = self.adapter.rope(coords.to(latents.device))
+        return rotation(angles, pairing=pairing, dtype=torch.promote_types(latents.dtype, torch.float32))
 
     def _diagonal(self) -> Tensor | None:
         """The angles of one step along the diagonal, by which a cached shot is moved."""
@@ -251,7 +270,9 @@ class _BlockCall:
         call = self.call
         queries, keys, values = ([getattr(part, name) for part in parts] for name in "qkv")
         if site.joint in ("joined", "own_shot"):
-            queries, keys = ([_rotated(x, by) for x, by in zip(xs, call.rotations, strict=True)] for xs in (queries, keys))
+            queries, keys = (
+                [_rotated(x, by) for x, by in zip(xs, call.rotations, strict=True)] for xs in (queries, keys)
+            )
         lengths = [x.shape[1] for x in queries]
         q, k, v = _autocast(*map(_join, (queries, keys, values)))
         if call.cache is not None and site.joint in ("joined", "own_and_global_text"):
@@ -281,7 +302,8 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
         return tensors
-    return tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors)
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
 
 
 def _self_attention(adapter: Backbone, layout: Layout) -> Layout:
@@ -296,22 +318,53 @@ def _pattern(pattern: str | Pattern) -> Pattern:
     if callable(pattern):
         return pattern
     if pattern not in PATTERNS:
-        raise ValueError(f"pattern: got {pattern!r}, expected one of {list(PATTERNS)} or a function from a layout to a plan")
+        raise ValueError(
+            f"pattern: got {pattern!r}, expected one of {list(PATTERNS)} or a function from a layout to a plan"
+        )
     return PATTERNS[pattern]
 
 
-def is_scene(shots: Sequence[Any]) -> bool:
-    """Whether this is one scene, a sequence of shots, and not several."""
-    return len(shots) > 0 and all(isinstance(shot, ShotInput) for shot in shots)
+def as_scenes(shots: Scene | Sequence[Scene]) -> tuple[list[Scene], bool]:
+    """Scenes, and whether there were several to begin with.
 
+    Raises:
+        ValueError: for anything but a scene or a sequence of scenes, none of them empty.
+    """
 
-def _nest(shots: Scene | Sequence[Scene]) -> tuple[list[Scene], bool]:
+    def is_scene(items: Any) -> bool:
+        return isinstance(items, Sequence) and len(items) > 0 and all(isinstance(item, ShotInput) for item in items)
+
     if is_scene(shots):
-        return [shots], False  # type: ignore[list-item]
-    if len(shots) > 0 and all(isinstance(scene, Sequence) and is_scene(scene) for scene in shots):
-        return list(shots), True  # type: ignore[arg-type]
-    raise ValueError(f"shots: got {shots!r}, expected one scene, a sequence of ShotInput, or a sequence of such scenes; "
-                     "none of them empty")
+        return [cast(Scene, shots)], False
+    if isinstance(shots, Sequence) and len(shots) > 0 and all(map(is_scene, shots)):
+        return list(cast(Sequence[Scene], shots)), True
+    raise ValueError(
+        f"shots: got {shots!r}, expected one scene, a sequence of ShotInput, or a sequence of such scenes; "
+        "none of them empty"
+    )
+
+
+def noise_levels(t: Tensor, roles: Sequence[Role], batch: int) -> Float[Tensor, "batch num_shots"]:
+    """Every shot's noise level for every entry of the batch, float32 at least.
+
+    Raises:
+        ValueError: for another number of shots or entries, levels outside [0, 1], or a global shot that is not clean.
+    """
+    shots = len(roles)
+    if not isinstance(t, Tensor) or not t.is_floating_point() or t.shape not in ((shots,), (batch, shots)):
+        raise ValueError(
+            f"t: got {describe(t)}, expected floating-point noise levels [{shots}] or [{batch}, {shots}], one for "
+            "every shot in row order"
+        )
+    levels = t.to(torch.promote_types(t.dtype, torch.float32)).expand(batch, -1)
+    if not bool(((levels >= 0) & (levels <= 1)).all()):
+        raise ValueError(
+            f"t: got levels from {levels.min().item():g} to {levels.max().item():g}, expected [0, 1], 0 = "
+            "clean and 1 = noise; divide a 0-1000 timestep by 1000"
+        )
+    if any(role == "global" and bool(levels[:, i].any()) for i, role in enumerate(roles)):
+        raise ValueError(f"t: got {t.tolist()}, expected 0 for a global shot: its dummy video is clean")
+    return levels
 
 
 def _with_dummy_video(scene: Scene, frames: int) -> list[ShotInput]:
@@ -320,20 +373,9 @@ def _with_dummy_video(scene: Scene, frames: int) -> list[ShotInput]:
     if first.role != "global" or first.latents is not None:
         return list(scene)
     if not rest or rest[0].latents is None:
-        raise ValueError("shots: a global shot without latents needs a shot after it, whose height and width its dummy "
-                         "video takes; alone in a call, give it latents of one frame of zeros")
+        raise ValueError(
+            "shots: a global shot without latents needs a shot after it, whose height and width its dummy "
+            "video takes; alone in a call, give it latents of one frame of zeros"
+        )
     dummy = torch.zeros_like(rest[0].latents[:, :, :frames])
     return [ShotInput(latents=dummy, text=first.text, extras=first.extras, role="global"), *rest]
-
-
-def _levels(t: Tensor, shots: Sequence[Shot], batch: int) -> Float[Tensor, "batch num_shots"]:
-    if not isinstance(t, Tensor) or not t.is_floating_point() or t.shape not in ((len(shots),), (batch, len(shots))):
-        raise ValueError(f"t: got {describe(t)}, expected floating-point noise levels [{len(shots)}] or "
-                         f"[{batch}, {len(shots)}], one for every shot in row order")
-    levels = t.to(torch.promote_types(t.dtype, torch.float32)).expand(batch, -1)
-    if not bool(((levels >= 0) & (levels <= 1)).all()):
-        raise ValueError(f"t: got levels from {levels.min().item():g} to {levels.max().item():g}, expected [0, 1], 0 = "
-                         "clean and 1 = noise; divide a 0-1000 timestep by 1000")
-    if any(shot.role == "global" and bool(levels[:, i].any()) for i, shot in enumerate(shots)):
-        raise ValueError(f"t: got {t.tolist()}, expected 0 for a global shot: its dummy video is clean")
-    return levels

@@ -15,7 +15,7 @@ from timm.layers import Mlp, RmsNorm
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lct_core import Backbone, QKV, Shot, ShotInput, Site, State, Traits
+from lct_core import QKV, Backbone, Shot, ShotInput, Site, State, Traits
 from lct_core.rope import Rotation, angles, axis_frequencies, rotate, rotation
 
 #: The size of the paper's model (4, "Training Details": 3B parameters); how it is divided is ours.
@@ -57,9 +57,7 @@ class MMDiT(nn.Module):
         self.video_in = nn.Linear(tokens, width)
         self.text_in = nn.Linear(text_width, width)
         self.time_in = Mlp(256, hidden_features=width, out_features=width, act_layer=nn.SiLU)
-        self.blocks = nn.ModuleList(
-            Block(width, heads, mlp_ratio, last=i == depth - 1) for i in range(depth)
-        )
+        self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, last=i == depth - 1) for i in range(depth))
         self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.modulation = nn.Linear(width, 2 * width)
         self.video_out = nn.Linear(width, tokens)
@@ -83,9 +81,7 @@ class MMDiT(nn.Module):
 
     def embed(
         self, latents: Tensor, timestep: Tensor, text: Tensor
-    ) -> tuple[
-        Float[Tensor, "batch text width"], Float[Tensor, "batch video width"], Float[Tensor, "batch 1 width"]
-    ]:
+    ) -> tuple[Float[Tensor, "batch text width"], Float[Tensor, "batch video width"], Float[Tensor, "batch 1 width"]]:
         """Text tokens, video tokens and the conditioning of a noise level."""
         t, h, w = self.patch
         patches = rearrange(latents, "b c (f t) (y h) (x w) -> b (f y x) (c t h w)", t=t, h=h, w=w)
@@ -114,7 +110,8 @@ class MMDiT(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        for gate in (self.modulation, self.video_out, *(s.modulation for b in self.blocks for s in (b.text, b.video))):
+        streams = [module for module in self.modules() if isinstance(module, Stream)]
+        for gate in (self.modulation, self.video_out, *(stream.modulation for stream in streams)):
             nn.init.zeros_(gate.weight)  # AdaLN-zero: every block starts as the identity
 
 
@@ -135,7 +132,8 @@ class Block(nn.Module):
     def qkv(self, text: Tensor, video: Tensor, condition: Tensor) -> QKV:
         """Joint queries, keys and values, text first, not rotated; and both streams' modulations."""
         (*of_text, text_modulation), (*of_video, video_modulation) = (
-            self.text.qkv(text, condition), self.video.qkv(video, condition)
+            self.text.qkv(text, condition),
+            self.video.qkv(video, condition),
         )
         q, k, v = (torch.cat(pair, dim=1) for pair in zip(of_text, of_video, strict=True))
         return QKV(q, k, v, (text_modulation, video_modulation))
@@ -168,9 +166,13 @@ class Stream(nn.Module):
         modulation = self.modulation(condition)
         shift, scale = modulation.chunk(2 if self.read_only else 6, dim=-1)[:2]
         q, k, v = rearrange(
-            self.to_qkv(_modulate(self.norm1(x), shift, scale)), "b s (three h d) -> three b s h d", three=3, h=self.heads
+            self.to_qkv(_modulate(self.norm1(x), shift, scale)),
+            "b s (three h d) -> three b s h d",
+            three=3,
+            h=self.heads,
         )
-        return self.norm_q(q), self.norm_k(k), v, modulation
+        exact = self.norm_q.weight.dtype  # under autocast, the norms run in the weights' precision
+        return self.norm_q(q.to(exact)), self.norm_k(k.to(exact)), v, modulation
 
     def finish(self, x: Tensor, attended: Tensor, modulation: Tensor) -> Tensor:
         """Output projection and MLP, gated by the noise level."""
@@ -203,8 +205,13 @@ class MMDiTBackbone(Backbone):
     def __init__(self, model: MMDiT) -> None:
         super().__init__(model)
         self.traits = Traits(
-            latent_channels=model.channels, patch=model.patch, text_width=model.text_width, heads=model.heads,
-            kv_heads=model.heads, head_dim=model.head_dim, text="joint",
+            latent_channels=model.channels,
+            patch=model.patch,
+            text_width=model.text_width,
+            heads=model.heads,
+            kv_heads=model.heads,
+            head_dim=model.head_dim,
+            text="joint",
         )
 
     @property
@@ -223,10 +230,12 @@ class MMDiTBackbone(Backbone):
 
     def qkv(self, block: nn.Module, site: Site, state: State) -> QKV:
         """Of both streams, text first."""
+        assert isinstance(block, Block)
         return block.qkv(**state.streams, **state.conditioning)
 
     def finish(self, block: nn.Module, site: Site, state: State, attended: Tensor, aux: Any) -> dict[str, Tensor]:
         """Both streams."""
+        assert isinstance(block, Block)
         text, video = block.finish(**state.streams, attended=attended, modulations=aux)
         return {"text": text, "video": video}
 

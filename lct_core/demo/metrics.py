@@ -1,7 +1,7 @@
 """Does a scene keep its colours from shot to shot, and does each shot show what its text says?
 
-Two numbers, since each can be had without the other: a grey blur is perfectly consistent, and shots made one by one follow
-their texts perfectly.
+Two numbers, since each can be had without the other: a grey blur is perfectly consistent, and shots made one by one
+follow their texts perfectly.
 """
 
 from collections.abc import Sequence
@@ -63,32 +63,35 @@ def appearance_error(
 ) -> AppearanceError:
     """Cross-shot colour error of a scene.
 
-    With ``a_k`` the mean colour of the character in shot k (``appearance``, at the place that the shot's text tells) and
-    ``a`` the mean of all ``a_k``, the character's error is the mean over k of ``|a_k - a|`` (Euclidean, RGB in [0, 1]). The
-    background's is defined in the same way. A scene of one shot has error 0.
+    With ``a_k`` the mean colour of the character in shot k (``appearance``, at the place that the shot's text tells)
+    and ``a`` the mean of all ``a_k``, the character's error is the mean over k of ``|a_k - a|`` (Euclidean, RGB in
+    [0, 1]). The background's is defined in the same way. A scene of one shot has error 0.
 
     Args:
         scene_frames: The scene's shots, RGB in [0, 1].
         texts: Their texts.
 
     Raises:
-        ValueError: not one text per shot, no shot, frames of another shape or too small to have a pure pixel, or a text that is
-            not a sentence of the world.
+        ValueError: not one text per shot, no shot, frames of another shape or too small to have a pure pixel, or a text
+            that is not a sentence of the world.
     """
     if len(scene_frames) != len(texts) or not texts:
         raise ValueError(f"texts: got {len(texts)} for {len(scene_frames)} shots, expected one per shot, at least one")
     shots = [appearance(frames, _mask(frames, text)) for frames, text in zip(scene_frames, texts, strict=True)]
-    errors = []
-    for colours in map(torch.stack, zip(*shots, strict=True)):
-        errors.append((colours - colours.mean(0)).norm(dim=1).mean().item())
-    return AppearanceError(*errors)
+    character, background = (torch.stack(colours) for colours in zip(*shots, strict=True))
+    return AppearanceError(_spread(character), _spread(background))
+
+
+def _spread(colours: Float[Tensor, "shots 3"]) -> float:
+    return (colours - colours.mean(0)).norm(dim=1).mean().item()
 
 
 def adherence(frames: Float[Tensor, "3 frames size size"], text: str) -> float:
     """IoU of the character that the frames show with the character that the text tells: 1 is perfect, 0 is none.
 
-    The character's pixels are found without the text, by ``segment``. The text's are those that it covers by at least half.
-    Intersection and union are counted over all frames of the shot together, so a wrong motion costs as a wrong place does.
+    The character's pixels are found without the text, by ``segment``. The text's are those that it covers by at least
+    half. Intersection and union are counted over all frames of the shot together, so a wrong motion costs as a wrong
+    place does.
 
     Args:
         frames: A shot, RGB in [0, 1].
@@ -104,10 +107,10 @@ def adherence(frames: Float[Tensor, "3 frames size size"], text: str) -> float:
 def segment(frames: Float[Tensor, "3 frames height width"]) -> Bool[Tensor, "frames height width"]:
     """Find the character's pixels by colour alone.
 
-    The background's colour is the median of the outermost pixels of all frames. Every pixel's RGB distance to it is split
-    in two clusters (2-means in one dimension, started from the extremes, which ends at a threshold half-way between the
-    clusters' means); the far one is the character. If the clusters' means are closer than 0.2 there is no character: all
-    is False. So a blank or grey shot shows none.
+    The background's colour is the median of the outermost pixels of all frames. Every pixel's RGB distance to it is
+    split in two clusters (2-means in one dimension, started from the extremes, which ends at a threshold half-way
+    between the clusters' means); the far one is the character. If the clusters' means are closer than 0.2 there is no
+    character: all is False. So a blank or grey shot shows none.
     """
     border = torch.cat([frames[..., 0, :], frames[..., -1, :], frames[..., 0], frames[..., -1]], dim=-1)
     colour = border.flatten(1).median(dim=1).values

@@ -31,7 +31,8 @@ class SceneRows:
 def contact_sheet(path: str | Path, scenes: Sequence[SceneRows], *, title: str = "") -> None:
     """Save a picture of scenes, each with its shots as columns and its methods as rows.
 
-    A cell is the first and the last frame of a shot, side by side, pixels left as they are. Scenes stand below each other.
+    A cell is the first and the last frame of a shot, side by side, pixels left as they are. Scenes stand below each
+    other.
 
     Args:
         path: Picture to write; its ending says which kind (``.png``, ``.pdf``, ``.svg``).
@@ -49,8 +50,8 @@ def contact_sheet(path: str | Path, scenes: Sequence[SceneRows], *, title: str =
         for label, shots in scene.rows.items():
             if len(shots) != len(scene.texts):
                 raise ValueError(
-                    f"scenes: row {label!r} of scene {index} (counting from 0) has {len(shots)} shots, expected one for "
-                    f"each of its {len(scene.texts)} texts"
+                    f"scenes: row {label!r} of scene {index} (counting from 0) has {len(shots)} shots, expected one "
+                    f"for each of its {len(scene.texts)} texts"
                 )
     column, row = 2 * _FRAME + _GAP, _FRAME + _GAP
     width = 2 * _MARGIN + _LABELS + column * max(len(scene.texts) for scene in scenes) - _GAP
@@ -63,7 +64,7 @@ def contact_sheet(path: str | Path, scenes: Sequence[SceneRows], *, title: str =
         for k, text in enumerate(scene.texts):
             x = _MARGIN + _LABELS + k * column
             at = x / width, 1 - (y + _TEXTS - 0.06) / height
-            figure.text(*at, fill(text, 38), va="bottom", fontsize=6.5, color="0.35", linespacing=1.25)
+            figure.text(*at, fill(text, 42), va="bottom", fontsize=6, color="0.35", linespacing=1.25)
         y += _TEXTS
         for label, shots in scene.rows.items():
             at = (_MARGIN + _LABELS - _GAP) / width, 1 - (y + _FRAME / 2) / height

@@ -1,16 +1,17 @@
 """The demo's world: scenes whose colours no text tells, so that a shot can only learn them from the other shots.
 
 A scene has a character (a square or a disc of a saturated colour) and a background (a dark colour, a little lighter at
-the top). A shot shows that character in one of three framings, at one of three positions, with one of three motions. Its
-text tells framing, shape, position and motion, in the wording of the paper's per-shot prompts (paper, 3.2.1), and never a
-colour. A model that sees one shot has to guess the colours; a model that sees the scene does not.
+the top). A shot shows that character in one of three framings, at one of three positions, with one of three motions.
+Its text tells framing, shape, position and motion, in the wording of the paper's per-shot prompts (paper, 3.2.1), and
+never a colour. A model that sees one shot has to guess the colours; a model that sees the scene does not.
 
-Lengths are fractions of the frame's side, positions run from 0 at the top left to 1 at the bottom right, a shot lasts from
-time -1 to 1. All randomness comes from the generator handed in.
+Lengths are fractions of the frame's side, positions run from 0 at the top left to 1 at the bottom right, a shot lasts
+from time -1 to 1. All randomness comes from the generator handed in.
 """
 
 from colorsys import hsv_to_rgb
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import product
 
 import torch
@@ -159,18 +160,23 @@ def character_mask(shot: ShotDescription | str, *, size: int, frames: int = 4) -
     Raises:
         ValueError: for a text that is not a sentence of this world.
     """
-    shot = parse(shot) if isinstance(shot, str) else shot
+    return _coverage(parse(shot) if isinstance(shot, str) else shot, size, frames).clone()
+
+
+@lru_cache(maxsize=len(_DESCRIPTIONS))
+def _coverage(shot: ShotDescription, size: int, frames: int) -> Float[Tensor, "frames size size"]:
     half_side, centre_x = _HALF_SIDE[shot.framing], _CENTRE_X[shot.position]
     centre_y = 0.5 + _SPEED_Y[shot.motion] * _middles(frames, -1, 1)
-    # every scanline meets the character in one interval; each pixel counts the part of it that is inside
-    above = (_middles(size * _SCANLINES, 0, 1) - centre_y[:, None]).abs()
-    half_chord = (
-        (half_side**2 - above**2).clamp(min=0).sqrt() if shot.shape == "disc" else half_side * (above < half_side)
-    )
-    left = torch.arange(size) / size
-    inside = torch.minimum(left + 1 / size, centre_x + half_chord[..., None])
-    inside = inside - torch.maximum(left, centre_x - half_chord[..., None])
-    return (inside.clamp(min=0) * size).unflatten(1, (size, _SCANLINES)).mean(2)
+    # every scanline meets the character in one interval; each pixel counts the part of itself that is inside
+    above = (_middles(size * _SCANLINES, 0, 1)[:, None] - centre_y[:, None, None]).abs()
+    if shot.shape == "disc":
+        half_chord = (half_side**2 - above**2).clamp(min=0).sqrt()
+    else:
+        half_chord = half_side * (above < half_side)
+    middle = _middles(size, 0, 1)
+    right = torch.minimum(middle + 0.5 / size, centre_x + half_chord)
+    left = torch.maximum(middle - 0.5 / size, centre_x - half_chord)
+    return ((right - left) * size).clamp(0, 1).unflatten(1, (size, _SCANLINES)).mean(2)
 
 
 def render(scene: Scene, *, size: int, frames: int = 4) -> Float[Tensor, "shots 3 frames size size"]:
@@ -181,12 +187,15 @@ def render(scene: Scene, *, size: int, frames: int = 4) -> Float[Tensor, "shots 
         size: Height and width of a frame in pixels.
         frames: Frames per shot.
     """
-    character, background = (torch.tensor(c)[:, None, None, None] for c in (scene.character, scene.background))
+    character, background = (
+        torch.tensor(colour, dtype=torch.float32, device="cpu")[:, None, None, None]
+        for colour in (scene.character, scene.background)
+    )
     background = background * (1 - _SHADING * _middles(size, -1, 1))[:, None]
-    masks = torch.stack([character_mask(shot, size=size, frames=frames) for shot in scene.shots])
+    masks = torch.stack([_coverage(shot, size, frames) for shot in scene.shots])
     return torch.lerp(background, character, masks[:, None])
 
 
 def _middles(count: int, start: float, stop: float) -> Float[Tensor, " count"]:
     """Return the middles of ``count`` equal parts of an interval."""
-    return start + (torch.arange(count) + 0.5) * ((stop - start) / count)
+    return start + (torch.arange(count, dtype=torch.float32, device="cpu") + 0.5) * ((stop - start) / count)

@@ -82,7 +82,11 @@ def conformance(
 
 
 def kernel_conformance(
-    name: str, *, device: str = "cpu", dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16), grad: bool = True
+    name: str,
+    *,
+    device: str = "cpu",
+    dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16),
+    grad: bool = True,
 ) -> Iterator[Finding]:
     """Measure a kernel's outputs and gradients against the reference, over plans of every kind, grouped heads included.
 
@@ -92,16 +96,25 @@ def kernel_conformance(
     for dtype in dtypes:
         for case, plan in _plans().items():
             for heads, kv_heads in ((4, 4), (4, 2)):
-                shapes = [(2, n, h, 32) for n, h in ((plan.queries, heads), (plan.keys, kv_heads), (plan.keys, kv_heads))]
+                shapes = [
+                    (2, n, h, 32) for n, h in ((plan.queries, heads), (plan.keys, kv_heads), (plan.keys, kv_heads))
+                ]
                 inputs = [torch.randn(s, generator=generator).to(device, dtype).requires_grad_(grad) for s in shapes]
                 gradient = torch.randn(shapes[0], generator=generator).to(device, dtype)
                 exact = [x.detach().double().requires_grad_(grad) for x in inputs]
-                truth = _run(lambda q, k, v, plan=plan: attend(q, k, v, plan, kernel="reference"), exact, gradient.double())
+                truth = _run(
+                    lambda q, k, v, plan=plan: attend(q, k, v, plan, kernel="reference"), exact, gradient.double()
+                )
                 plain = _run(lambda q, k, v, plan=plan: _eager(q, k, v, plan), inputs, gradient)
                 got = _run(lambda q, k, v, plan=plan: attend(q, k, v, plan, kernel=name), inputs, gradient)
                 for what, g, p, x in zip(("output", "dq", "dk", "dv"), got, plain, truth, strict=False):
-                    yield Finding(9, f"{name}: {what}", f"{case}, {heads}:{kv_heads} heads, {_short(dtype)}", error(g, x),
-                                  BOUNDS[dtype]["kernel"].given(error(p, x)))
+                    yield Finding(
+                        9,
+                        f"{name}: {what}",
+                        f"{case}, {heads}:{kv_heads} heads, {_short(dtype)}",
+                        error(g, x),
+                        BOUNDS[dtype]["kernel"].given(error(p, x)),
+                    )
 
 
 class _Case:
@@ -136,7 +149,9 @@ class _Case:
         least = 0 if adapter.traits.text == "joint" else 1
         shots = [Shot(3, (2, 3, 4)), Shot(least, (1, 1, 1)), Shot(5, (1, 4, 2))]
         dtype = next(adapter.model.parameters()).dtype
-        return [adapter.example(s, batch=2, generator=generator, dtype=dtype) for s in shots], torch.rand(2, 3, generator=generator)
+        return [adapter.example(s, batch=2, generator=generator, dtype=dtype) for s in shots], torch.rand(
+            2, 3, generator=generator
+        )
 
     def _single_shots(self, adapter: Backbone) -> list[Tensor]:
         shots, t = self._inputs(adapter)
@@ -150,17 +165,26 @@ class _Case:
         changed = self.keys != list(self.adapter.model.state_dict())
         added = sum(p.numel() for p in self.adapter.model.parameters()) - self.parameters
         yield Finding(1, "same state_dict keys and parameter count", self._name(), float(changed) + abs(added), 0.0)
+        shots, t = self._inputs(self.adapter)
+        alone = [self.model([shot], t[:, i : i + 1])[0] for i, shot in enumerate(shots)]
+        alike = all(a.shape == b.shape and a.dtype == b.dtype for a, b in zip(alone, self.before, strict=True))
+        yield Finding(1, "shape and dtype of the base model's output", self._name(), float(not alike), 0.0)
         if self.scheme == "anchored":
-            shots, t = self._inputs(self.adapter)
-            alone = [self.model([shot], t[:, i : i + 1])[0] for i, shot in enumerate(shots)]
             own = self._own_error("bidirectional") if self.dtype != torch.float32 else 0.0
             yield self._finding(1, "one shot equals the base model", "one shot", alone, self.before, own=own)
 
     def _definition(self, pattern: str) -> Iterator[Finding]:
         shots, t = self._inputs(self.adapter)
         got = self.model([shots], t, pattern=pattern)[0]
-        yield self._finding(2, "equals the dense-mask definition", "definition", got, self._truth(pattern), pattern,
-                            own=self._own_error(pattern))
+        yield self._finding(
+            2,
+            "equals the dense-mask definition",
+            "definition",
+            got,
+            self._truth(pattern),
+            pattern,
+            own=self._own_error(pattern),
+        )
         others, _ = self._inputs(self.adapter, seed=1)
         changed = self.model([others[0], *shots[1:]], t, pattern=pattern)
         deaf = error(changed[2], got[2]) <= 1e-3
@@ -188,18 +212,20 @@ class _Case:
         self.model(shots[:1], t[:, :1], cache=cache)
         cache.append("first")
         together = self.model(shots[1:], t[:, 1:], pattern="context_causal", cache=cache)
-        yield self._finding(4, "several shots behind a history", "cached", together, full[1:], "context_causal", own=own)
+        yield self._finding(
+            4, "several shots behind a history", "cached", together, full[1:], "context_causal", own=own
+        )
 
     def _packed(self) -> Iterator[Finding]:
         shots, t = self._inputs(self.adapter)
         for pattern in ("bidirectional", "context_causal"):
             row = self.model([shots[:2], shots[2:]], t, pattern=pattern)
             alone = [self.model(shots[:2], t[:, :2], pattern=pattern), self.model(shots[2:], t[:, 2:], pattern=pattern)]
-            yield self._finding(5, "packing changes no scene", "packed", sum(row, []), sum(alone, []), pattern)
+            yield self._finding(5, "packing changes no scene", "packed", _flat(row), _flat(alone), pattern)
 
     def _checkpointed(self) -> Iterator[Finding]:
         shots, t = self._inputs(self.adapter)
-        noise = [torch.ones_like(shot.latents) for shot in shots if shot.latents is not None]
+        noise = [torch.ones_like(shot.latents) for shot in shots]
         for pattern in ("bidirectional", "context_causal"):
             gradients = []
             for self.model.gradient_checkpointing in (False, True):
@@ -210,8 +236,15 @@ class _Case:
             self.adapter.model.zero_grad()
             plain, checkpointed = (torch.cat(g) for g in gradients)
             own = self._own_error(pattern) if self.dtype != torch.float32 else 0.0
-            yield self._finding(6, "gradients with checkpointing equal those without", "checkpointed", [checkpointed], [plain],
-                                pattern, own=own)
+            yield self._finding(
+                6,
+                "gradients with checkpointing equal those without",
+                "checkpointed",
+                [checkpointed],
+                [plain],
+                pattern,
+                own=own,
+            )
 
     def _shifted(self) -> Iterator[Finding]:
         if self.adapter.traits.pairing is None:
@@ -224,8 +257,15 @@ class _Case:
         moved = retrofit(shifted.model, scheme=self.scheme, backbone=shifted)
         for pattern in ("bidirectional", "context_causal"):
             got, expected = (m(shots, t, pattern=pattern) for m in (moved, self.model))
-            yield self._finding(7, "moving a whole scene changes nothing", "shifted", got, expected, pattern,
-                                own=self._own_error(pattern))
+            yield self._finding(
+                7,
+                "moving a whole scene changes nothing",
+                "shifted",
+                got,
+                expected,
+                pattern,
+                own=self._own_error(pattern),
+            )
 
     def _copies(self) -> Iterator[Finding]:
         """Copies are made, then the original's weights are changed: a copy that runs the original's would show it."""
@@ -245,10 +285,10 @@ class _Case:
     def _refusals(self) -> Iterator[Finding]:
         shots, t = self._inputs(self.adapter)
         latents, text = shots[0].latents, shots[0].text
-        assert latents is not None
-        assert text is not None
         wrong: dict[str, Callable[[], object]] = {
-            "an unknown kernel": lambda: SceneModel(self.adapter, scheme=self.scheme, kernel="no such kernel")(shots, t),
+            "an unknown kernel": lambda: SceneModel(self.adapter, scheme=self.scheme, kernel="no such kernel")(
+                shots, t
+            ),
             "an unknown scheme": lambda: retrofit(self.adapter.model, scheme="none", backbone=self.adapter),  # type: ignore[arg-type]
             "an unknown pattern": lambda: self.model(shots, t, pattern="none"),
             "a noise level above 1": lambda: self.model(shots, t + 1),
@@ -269,7 +309,7 @@ class _Case:
             yield Finding(9, f"refuses {what}", self._name(), silent, 0.0)
 
     def _truth(self, pattern: str) -> list[Tensor]:
-        """The definition with attention in float64; in half precision all of it, on weights and inputs as they are rounded."""
+        """The definition with attention in float64; in half precision all of it, on weights and inputs as rounded."""
         return self._by_definition(pattern, torch.float32 if self.dtype == torch.float32 else torch.float64, exact=True)
 
     def _own_error(self, pattern: str) -> float:
@@ -281,13 +321,26 @@ class _Case:
         shots, t = self._inputs(self.adapter)
         adapter = copy.deepcopy(self.adapter)
         adapter.model.to(dtype)
-        shots = [s if dtype == self.dtype else replace(s, latents=s.latents.to(dtype), text=s.text.to(dtype)) for s in shots]  # type: ignore[union-attr]
-        return definition(adapter, [shots], t.to(dtype) if dtype == torch.float64 else t, scheme=self.scheme, pattern=pattern,
-                          exact=exact)
+        shots = [replace(s, latents=s.latents.to(dtype), text=s.text.to(dtype)) for s in shots]
+        return definition(
+            adapter,
+            [shots],
+            t.to(dtype) if dtype == torch.float64 else t,
+            scheme=self.scheme,
+            pattern=pattern,
+            exact=exact,
+        )
 
     def _finding(
-        self, invariant: int, name: str, bound: str, got: Sequence[Tensor], expected: Sequence[Tensor], pattern: str = "",
-        *, own: float = 0.0,
+        self,
+        invariant: int,
+        name: str,
+        bound: str,
+        got: Sequence[Tensor],
+        expected: Sequence[Tensor],
+        pattern: str = "",
+        *,
+        own: float = 0.0,
     ) -> Finding:
         worst = max(error(g, x) for g, x in zip(got, expected, strict=True))
         return Finding(invariant, name, self._name(pattern), worst, BOUNDS[self.dtype][bound].given(own))
@@ -297,7 +350,12 @@ class _Case:
 
 
 def _plans() -> dict[str, AttentionPlan]:
-    layout = Layout([[Shot(4, (1, 2, 3), role="global"), Shot(7, (3, 4, 5)), Shot(0, (1, 1, 1)), Shot(2, (2, 5, 3))], [Shot(3, (2, 2, 2))]])
+    layout = Layout(
+        [
+            [Shot(4, (1, 2, 3), role="global"), Shot(7, (3, 4, 5)), Shot(0, (1, 1, 1)), Shot(2, (2, 5, 3))],
+            [Shot(3, (2, 2, 2))],
+        ]
+    )
     return {
         "bidirectional": bidirectional(layout),
         "context-causal": context_causal(layout),
@@ -319,6 +377,10 @@ def _run(attention: Callable[..., Tensor], inputs: Sequence[Tensor], gradient: T
     """The output, and the gradients where there are any."""
     out = attention(*inputs)
     return (out, *torch.autograd.grad(out, inputs, gradient)) if out.requires_grad else (out,)
+
+
+def _flat(scenes: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    return [out for scene in scenes for out in scene]
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -1,15 +1,16 @@
-"""A scene model by its definition: dense masks and explicit loops over shots, sharing nothing with the engine but the adapter.
+"""A scene model by its definition: dense masks, explicit loops over shots, nothing of the engine but the adapter.
 
 What the conformance suite compares the engine with. Slow on purpose: read it to know what Long Context Tuning computes.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from lct_core.backbone import Backbone, ShotInput, State
+from lct_core.backbone import Backbone, Joint, ShotInput, State
 from lct_core.layout import Shot
 
 
@@ -25,27 +26,30 @@ def definition(
     """Predictions of every shot of a row, one after the other (paper, 3.2.2 and 3.3).
 
     Args:
-        adapter: The model's adapter; only self-attention over joined shots is defined here.
+        adapter: The model's adapter.
         scenes: Scenes of shots; every shot has latents.
         t: Noise levels in row order.
         scheme: ``"anchored"`` or ``"paper"``.
         pattern: ``"bidirectional"`` or ``"context_causal"``.
-        exact: Whether attention is computed in float64, or eagerly in the model's own dtype: the low-precision reference.
+        exact: Whether attention is computed in float64, or eagerly in the model's dtype: the low-precision reference.
     """
     inputs = [shot for scene in scenes for shot in scene]
     shots = [adapter.shot(given) for given in inputs]
     clean, noise = adapter.traits.timesteps
-    levels = t.expand(len(inputs[0].latents), -1)  # type: ignore[arg-type]
+    levels = t.expand(len(inputs[0].latents), -1)
     states = [adapter.encode(given, clean + (noise - clean) * levels[:, i]) for i, given in enumerate(inputs)]
     tables = _turns(adapter, scenes, shots, scheme)
     for block in adapter.blocks:
         for site in adapter.sites(block):
             parts = [adapter.qkv(block, site, state) for state in states]
-            q = torch.cat([_turn(adapter, part.q, turn) for part, turn in zip(parts, tables, strict=True)], dim=1)
-            k = torch.cat([_turn(adapter, part.k, turn) for part, turn in zip(parts, tables, strict=True)], dim=1)
+            turns = tables if site.joint in ("joined", "own_shot") else [None] * len(parts)
+            q = torch.cat([_turn(adapter, part.q, turn) for part, turn in zip(parts, turns, strict=True)], dim=1)
+            k = torch.cat([_turn(adapter, part.k, turn) for part, turn in zip(parts, turns, strict=True)], dim=1)
             v = torch.cat([part.v for part in parts], dim=1)
-            lengths = [part.q.shape[1] for part in parts]
-            out = _attention(q, k, v, _mask(scenes, lengths, pattern), exact).split(lengths, dim=1)
+            queries, keys = ([getattr(part, x).shape[1] for part in parts] for x in "qk")
+            sees = _sees(scenes, site.joint, pattern)
+            mask = sees.repeat_interleave(torch.tensor(queries), 0).repeat_interleave(torch.tensor(keys), 1)
+            out = _attention(q, k, v, mask, exact).split(queries, dim=1)
             states = [
                 State({**state.streams, **adapter.finish(block, site, state, o, part.aux)}, state.conditioning)
                 for state, o, part in zip(states, out, parts, strict=True)
@@ -61,7 +65,8 @@ def _turns(
         return [None] * len(shots)
     unit = torch.tensor(adapter.traits.unit, dtype=torch.float64)
     angles: list[Tensor | None] = []
-    remaining = iter(shots)
+    # Where text is cross-attended, it has no place among the tokens of self-attention.
+    remaining = iter(shots if adapter.traits.text == "joint" else [replace(shot, text=0) for shot in shots])
     for scene in scenes:
         origin = 0
         for given in scene:
@@ -70,7 +75,12 @@ def _turns(
                 start = origin + shot.text
                 text = [[origin + i] * 3 for i in range(shot.text)]
                 frames, height, width = shot.grid
-                video = [[start + f, start + y, start + x] for f in range(frames) for y in range(height) for x in range(width)]
+                video = [
+                    [start + f, start + y, start + x]
+                    for f in range(frames)
+                    for y in range(height)
+                    for x in range(width)
+                ]
                 both = text + video if adapter.traits.text_first else video + text
                 coords = torch.tensor(both, dtype=torch.float64) * unit
                 origin = start + max(shot.grid)
@@ -96,12 +106,17 @@ def _turn(adapter: Backbone, x: Tensor, angles: Tensor | None) -> Tensor:
     return torch.cat([out.to(x.dtype), x[..., turned:]], dim=-1)
 
 
-def _mask(scenes: Sequence[Sequence[ShotInput]], lengths: Sequence[int], pattern: str) -> Bool[Tensor, "tokens tokens"]:
-    """Who sees whom, from every token's scene and shot."""
-    scene_of = torch.tensor([s for s, scene in enumerate(scenes) for _ in scene]).repeat_interleave(torch.tensor(lengths))
-    shot_of = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
-    same_scene = scene_of[:, None] == scene_of[None]
-    return same_scene if pattern == "bidirectional" else same_scene & (shot_of[None] <= shot_of[:, None])
+def _sees(scenes: Sequence[Sequence[ShotInput]], joint: Joint, pattern: str) -> Bool[Tensor, "shots shots"]:
+    """Which shots' keys a shot's queries see, from every shot's scene, place and role."""
+    scene = torch.tensor([s for s, shots in enumerate(scenes) for _ in shots])
+    place = torch.arange(len(scene))
+    own = place[:, None] == place
+    same_scene = scene[:, None] == scene
+    if joint in ("own_shot", "own_text"):
+        return own
+    if joint == "own_and_global_text":
+        return own | (same_scene & torch.tensor([shot.role == "global" for shots in scenes for shot in shots]))
+    return same_scene if pattern == "bidirectional" else same_scene & (place <= place[:, None])
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, exact: bool) -> Tensor:

@@ -1,7 +1,7 @@
 """The one table of tolerances.
 
-An error is the largest difference over the largest expected magnitude. Where a bound is not 0 or a plain number, it is a
-multiple of the low-precision reference's own error: that of plain eager arithmetic in the same dtype against float64.
+An error is the largest difference over the largest expected magnitude. Where a bound is not 0 or a plain number, it is
+a multiple of the low-precision reference's own error: that of plain eager arithmetic in the same dtype against float64.
 """
 
 from typing import NamedTuple
@@ -45,11 +45,11 @@ BOUNDS: dict[torch.dtype, dict[str, Bound]] = {
         "checkpointed": Bound(of_own=1.0),
         "shifted": Bound(of_own=2.0),
         "copies": EXACT,
-        "moved keys": Bound(absolute=2 ** -8),  # the one extra rounding of a moved key
+        "moved keys": Bound(absolute=2**-8),  # the one extra rounding of a moved key
         "kernel": Bound(of_own=2.0),
     },
     torch.float16: {
-        "moved keys": Bound(absolute=2 ** -11),
+        "moved keys": Bound(absolute=2**-11),
         "kernel": Bound(of_own=2.0),
     },
 }

@@ -5,6 +5,7 @@ for each plan and device. On a CPU it is compiled for inference only.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import cache, lru_cache
 from typing import TYPE_CHECKING
 
@@ -20,18 +21,31 @@ if TYPE_CHECKING:
 
 def flex(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float) -> Tensor:
     """FlexAttention over the plan's block mask."""
-    out = _compiled()(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
-        block_mask=_block_mask(plan, q.device), scale=scale, enable_gqa=q.shape[2] != k.shape[2],
-    )
+    with _many_shapes():
+        out = _compiled(q.device.type)(
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            block_mask=_block_mask(plan, q.device),
+            scale=scale,
+            enable_gqa=q.shape[2] != k.shape[2],
+        )
     return out.transpose(1, 2)
 
 
 @cache
-def _compiled() -> Callable[..., Tensor]:
+def _compiled(device_type: str) -> Callable[..., Tensor]:
+    """Compiled whole, so that torch raises where it would run uncompiled; on a CPU torch has no dynamic shapes for it."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention)
+    return torch.compile(flex_attention, fullgraph=True, dynamic=False if device_type == "cpu" else None)
+
+
+def _many_shapes() -> AbstractContextManager[None]:
+    """Room for as many compiled shapes as torch allows in all, not for its default of eight."""
+    from torch._dynamo import config
+
+    return config.patch(recompile_limit=config.accumulated_recompile_limit)
 
 
 @lru_cache(maxsize=8)

@@ -1,0 +1,133 @@
+"""``lct conformance``: measure what must hold on one's own model or adapter."""
+
+import importlib
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from operator import attrgetter
+from pathlib import Path
+from typing import TYPE_CHECKING, get_args
+
+import click
+import torch
+from torch import nn
+
+from lct_core.backbone import Backbone
+from lct_core.coordinates import Scheme
+from lct_core.plugins import registry
+
+if TYPE_CHECKING:
+    from lct_core.testing.conformance import Finding
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@click.command("conformance")
+@click.argument("factory", metavar="MODULE:FACTORY")
+@click.option(
+    "--scheme",
+    "schemes",
+    type=click.Choice(get_args(Scheme)),
+    multiple=True,
+    help="Coordinates; can be repeated.  [default: all]",
+)
+@click.option(
+    "--dtype", "dtypes", type=click.Choice([*_DTYPES]), multiple=True, help="Can be repeated.  [default: all]"
+)
+@click.pass_context
+def command(ctx: click.Context, factory: str, schemes: tuple[Scheme, ...], dtypes: tuple[str, ...]) -> None:
+    """Measure what must hold, on your own model.
+
+    FACTORY is a function of MODULE, which may lie in the current folder. It takes no argument and returns a small model
+    that an installed backbone handles, or an adapter (a lct_core.Backbone) around one. The exit code is 1 if anything
+    failed.
+
+    \b
+    Example:
+      lct conformance my_adapter:make_model --dtype float32
+    """
+    from lct_core.testing.conformance import conformance
+
+    with _current_folder_on_path():
+        make = load_factory(factory)
+        findings = []
+        for finding in _unmasked(
+            conformance(make, schemes=schemes or get_args(Scheme), dtypes=[_DTYPES[d] for d in dtypes or _DTYPES])
+        ):
+            findings.append(finding)
+            verdict = click.style("ok    ", fg="green") if finding.holds else click.style("FAILED", fg="red", bold=True)
+            click.echo(
+                f"{verdict}  {finding.invariant}  {finding.name}  [{finding.case}]  "
+                f"error {finding.error:.2g}, bound {finding.bound:.2g}"
+            )
+    failed = sorted({finding.invariant for finding in findings if not finding.holds})
+    if failed:
+        count = sum(not finding.holds for finding in findings)
+        click.echo(f"{count} of {len(findings)} checks FAILED, of invariants {', '.join(map(str, failed))}")
+        ctx.exit(1)
+    click.echo(f"{len(findings)} checks, all hold")
+
+
+def load_factory(name: str) -> Callable[[], nn.Module | Backbone]:
+    """Import ``MODULE:FACTORY`` and try it once.
+
+    Raises:
+        ValueError: where there is no such module, no such attribute, it cannot be called, it fails, or no installed
+            backbone handles what it returns.
+    """
+    module_name, colon, attribute = name.partition(":")
+    if not (colon and all(part.isidentifier() for part in (*module_name.split("."), *attribute.split(".")))):
+        raise ValueError(f"MODULE:FACTORY: got {name!r}, expected a module and a function in it, like my_adapter:make")
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:  # whatever the module does while it is imported
+        if isinstance(error, ModuleNotFoundError) and error.name and f"{module_name}.".startswith(f"{error.name}."):
+            raise ValueError(
+                f"MODULE:FACTORY: got {name!r}, but there is no module {error.name!r} here or installed"
+            ) from error
+        raise ValueError(f"MODULE:FACTORY: importing {module_name} raised {_described(error)}") from error
+    try:
+        factory = attrgetter(attribute)(module)
+    except AttributeError:
+        public = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise ValueError(
+            f"MODULE:FACTORY: got {name!r}, but {module_name} has no {attribute!r}; what it has to call: {public}"
+        ) from None
+    if not callable(factory):
+        raise ValueError(
+            f"MODULE:FACTORY: {name} is a {type(factory).__name__}, expected a function that takes no argument"
+        )
+    try:
+        made = factory()
+    except Exception as error:  # whatever the factory does
+        raise ValueError(f"MODULE:FACTORY: {name}() raised {_described(error)}") from error
+    if not isinstance(made, nn.Module | Backbone):
+        raise ValueError(
+            f"MODULE:FACTORY: {name}() returned a {type(made).__name__}, expected a model (nn.Module) or an adapter "
+            "(lct_core.Backbone)"
+        )
+    if isinstance(made, nn.Module):
+        registry().adapter(made)
+    return factory
+
+
+def _unmasked(findings: "Iterator[Finding]") -> "Iterator[Finding]":
+    """The findings; a ``ValueError`` on the way comes from the model or its adapter, and its traceback is wanted."""
+    try:
+        yield from findings
+    except ValueError as error:
+        raise RuntimeError("the suite cannot go on: the model or its adapter raised the error above") from error
+
+
+def _described(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+@contextmanager
+def _current_folder_on_path() -> Iterator[None]:
+    before = [*sys.path]
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        yield
+    finally:
+        sys.path[:] = before

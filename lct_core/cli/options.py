@@ -1,0 +1,34 @@
+"""Options that several commands share."""
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+import torch
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+COUNT = click.IntRange(1, 10**9)
+
+
+def heads(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``--heads``, ``--kv-heads``, ``--head-dim`` and ``--dtype`` of an attention; see :func:`check_kv_heads`."""
+    options = [
+        click.option("--heads", type=COUNT, default=16, show_default=True, help="Query heads."),
+        click.option("--kv-heads", type=COUNT, help="Key and value heads.  [default: as many as --heads]"),
+        click.option("--head-dim", type=COUNT, default=128, show_default=True, help="Channels of a head."),
+        click.option(
+            "--dtype", type=click.Choice([*DTYPES]), default="bfloat16", show_default=True, help="Of keys and values."
+        ),
+    ]
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def check_kv_heads(heads: int, kv_heads: int | None) -> int:
+    """The number of key and value heads, or ``ValueError`` where it does not divide the query heads."""
+    kv_heads = heads if kv_heads is None else kv_heads
+    if heads % kv_heads:
+        raise ValueError(f"--kv-heads: got {kv_heads}, expected a divisor of the {heads} of --heads")
+    return kv_heads

@@ -1,0 +1,1035 @@
+import copy
+import inspect
+import io
+from functools import partial
+from itertools import accumulate, pairwise
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from lct_backbones.mmdit import MMDiT, MMDiTBackbone, tiny
+from torch import nn
+from torch.nn import functional as F
+
+import lct_core as lct
+from lct_core import QKV, Backbone, KVCache, Layout, Shot, ShotInput, Site, State, Traits, retrofit
+from lct_core.testing.conformance import conformance
+from lct_core.testing.definition import definition
+from lct_core.testing.strategies import layouts, levels, shots
+from lct_core.testing.tolerances import BOUNDS, error
+
+FLOAT32 = BOUNDS[torch.float32]
+SCHEMES = ("anchored", "paper")
+PATTERNS = ("bidirectional", "context_causal")
+small = partial(layouts, max_grid=(2, 2, 3), text_first=True)
+one_scene = partial(small, max_scenes=1, max_shots=4)
+
+
+# Models of every kind that the MMDiT is not. Their own forward is plain torch: it shares no code with the library.
+
+
+class Toy(nn.Module):
+    """A single-stream, single-shot DiT.
+
+    Args:
+        text: Whether text is joined to self-attention or cross-attended.
+        text_first: Whether it comes first there.
+        pairing: How RoPE pairs the first six of a head's eight channels; None for no RoPE.
+        kv_heads: Key and value heads, for four query heads.
+        cell: Coordinates of a step along each axis of the grid.
+        second: What a second attention of every block sees; None for no such attention.
+        angle_dtype: Precision of the angles.
+    """
+
+    def __init__(
+        self,
+        *,
+        text="joint",
+        text_first=True,
+        pairing="interleaved",
+        kv_heads=4,
+        cell=(1.0, 1.0, 1.0),
+        unit=(1.0, 1.0, 1.0),
+        second=None,
+        angle_dtype=torch.float64,
+    ):
+        super().__init__()
+        self.text, self.text_first, self.pairing, self.kv_heads = text, text_first, pairing, kv_heads
+        self.cell, self.unit, self.second, self.angle_dtype = cell, unit, second, angle_dtype
+        self.video_in, self.text_in, self.time_in = nn.Linear(12, 32), nn.Linear(5, 32), nn.Linear(1, 32)
+        self.blocks = nn.ModuleList(ToyBlock(kv_heads, second) for _ in range(2))
+        self.video_out = nn.Linear(32, 12)
+
+    def forward(self, latents, timestep, text, strength=1.0):
+        x, words, condition = self.embed(latents, timestep, text, strength)
+        grid = self.grid(latents)
+        angles = self.angles(self.places(grid, text.shape[1] if self.text == "joint" else 0))
+        for block in self.blocks:
+            q, k, v = block.qkv(x, condition)
+            x = block.finish(x, plain_attention(turned(q, angles, self.pairing), turned(k, angles, self.pairing), v))
+            if self.second is not None:
+                q, k, v = block.second_qkv(x, words, condition)
+                if self.second == "own_shot":
+                    q, k = turned(q, angles, self.pairing), turned(k, angles, self.pairing)
+                x = block.second_finish(x, plain_attention(q, k, v))
+        return self.unpatchify(self.head(x, words), grid)
+
+    def embed(self, latents, timestep, text, strength=1.0):
+        batch, channels = latents.shape[:2]
+        frames, height, width = self.grid(latents)
+        video = latents.reshape(batch, channels, frames, height, 2, width, 2).permute(0, 2, 3, 5, 1, 4, 6).flatten(1, 3)
+        video, words = self.video_in(video.flatten(2)), self.text_in(text)
+        condition = F.silu(self.time_in(timestep[:, None].to(latents.dtype)) * strength)[:, None]
+        if self.text == "cross":
+            return video, words, condition
+        return torch.cat([words, video] if self.text_first else [video, words], dim=1), words, condition
+
+    def grid(self, latents):
+        frames, height, width = latents.shape[2:]
+        return frames, height // 2, width // 2
+
+    def places(self, grid, words):
+        cells = [(f, y, x) for f in range(grid[0]) for y in range(grid[1]) for x in range(grid[2])]
+        video = torch.tensor(cells, dtype=torch.float64) * torch.tensor(self.cell, dtype=torch.float64)
+        text = torch.zeros(words, 3, dtype=torch.float64)
+        return torch.cat([text, video] if self.text_first else [video, text])
+
+    def angles(self, coords):
+        mixed = [[1.0, 0.31, 0.11], [0.23, 0.83, 0.05], [0.13, 0.41, 0.61]]  # every axis turns every pair
+        return (coords.to(self.angle_dtype) @ torch.tensor(mixed, dtype=self.angle_dtype))[:, None]
+
+    def head(self, x, words):
+        if self.text == "joint":
+            x = x[:, words.shape[1] :] if self.text_first else x[:, : x.shape[1] - words.shape[1]]
+        return self.video_out(F.layer_norm(x, x.shape[-1:]))
+
+    def unpatchify(self, tokens, grid):
+        x = tokens.reshape(len(tokens), *grid, 3, 2, 2).permute(0, 4, 1, 2, 5, 3, 6)
+        return x.reshape(len(tokens), 3, grid[0], 2 * grid[1], 2 * grid[2])
+
+
+class ToyBlock(nn.Module):
+    def __init__(self, kv_heads, second):
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(32, 32), nn.Linear(32, 8 * kv_heads), nn.Linear(32, 8 * kv_heads)
+        self.out, self.mlp = nn.Linear(32, 32), nn.Sequential(nn.Linear(32, 48), nn.GELU(), nn.Linear(48, 32))
+        self.words = second not in (None, "own_shot")
+        if second is not None:
+            self.q2, self.k2, self.v2 = nn.Linear(32, 32), nn.Linear(32, 8 * kv_heads), nn.Linear(32, 8 * kv_heads)
+            self.out2 = nn.Linear(32, 32)
+
+    def qkv(self, x, condition):
+        h = F.layer_norm(x, x.shape[-1:]) * (1 + condition) + condition
+        return [y.unflatten(-1, (-1, 8)) for y in (self.q(h), self.k(h), self.v(h))]
+
+    def finish(self, x, attended):
+        x = x + self.out(attended.flatten(2))
+        return x + self.mlp(F.layer_norm(x, x.shape[-1:]))
+
+    def second_qkv(self, x, words, condition):
+        h = F.layer_norm(x, x.shape[-1:]) - condition
+        seen = words if self.words else h
+        return [y.unflatten(-1, (-1, 8)) for y in (self.q2(h), self.k2(seen), self.v2(seen))]
+
+    def second_finish(self, x, attended):
+        return x + self.out2(attended.flatten(2))
+
+
+def turned(x, angles, pairing):
+    if pairing is None:
+        return x
+    first, second = ((0, 2, 4), (1, 3, 5)) if pairing == "interleaved" else ((0, 1, 2), (3, 4, 5))
+    cos, sin = angles.cos().float(), angles.sin().float()
+    a, b, out = x[..., first].float(), x[..., second].float(), x.clone()
+    out[..., first], out[..., second] = (a * cos - b * sin).to(x.dtype), (a * sin + b * cos).to(x.dtype)
+    return out
+
+
+def plain_attention(q, k, v):
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
+
+
+class ToyBackbone(Backbone):
+    def __init__(self, model):
+        super().__init__(model)
+        self.traits = Traits(
+            latent_channels=3,
+            patch=(1, 2, 2),
+            text_width=5,
+            heads=4,
+            kv_heads=model.kv_heads,
+            head_dim=8,
+            text=model.text,
+            text_first=model.text_first,
+            pairing=model.pairing,
+            unit=model.unit,
+            timesteps=(1.0, 0.0),
+            extras=frozenset({"strength"}),
+        )
+
+    @property
+    def blocks(self):
+        return list(self.model.blocks)
+
+    def sites(self, block):
+        return (Site("self"),) if self.model.second is None else (Site("self"), Site("second", self.model.second))
+
+    def coordinates(self, inputs, shot):
+        return self.model.places(shot.grid, shot.text)
+
+    def encode(self, inputs, timestep):
+        x, words, condition = self.model.embed(
+            inputs.latents, timestep, inputs.text, inputs.extras.get("strength", 1.0)
+        )
+        return State({"x": x}, {"words": words, "condition": condition})
+
+    def rope(self, coords):
+        return self.model.angles(coords)
+
+    def qkv(self, block, site, state):
+        if site.name == "self":
+            return QKV(*block.qkv(state.streams["x"], state.conditioning["condition"]))
+        return QKV(*block.second_qkv(state.streams["x"], **state.conditioning))
+
+    def finish(self, block, site, state, attended, aux):
+        finish = block.finish if site.name == "self" else block.second_finish
+        return {"x": finish(state.streams["x"], attended)}
+
+    def head(self, state):
+        return self.model.head(state.streams["x"], state.conditioning["words"])
+
+    def unpatchify(self, tokens, shot):
+        return self.model.unpatchify(tokens, shot.grid)
+
+    def single_shot(self, inputs, timestep):
+        return self.model(inputs.latents, timestep, inputs.text, **inputs.extras)
+
+
+TOYS = {
+    "video first, channels paired half by half": {"text_first": False, "pairing": "half"},
+    "grouped heads, fractional coordinates": {"kv_heads": 2, "cell": (0.4, 1.5, 0.75), "unit": (0.5, 1.5, 0.75)},
+    "no RoPE": {"pairing": None},
+    "cross-attention to the own text": {"text": "cross", "second": "own_text", "text_first": False},
+    "cross-attention to own and global text": {"text": "cross", "second": "own_and_global_text", "kv_heads": 1},
+    "a second attention in the own shot": {"second": "own_shot", "kv_heads": 2, "pairing": "half"},
+}
+
+
+def toy(**config):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return ToyBackbone(Toy(**config))
+
+
+def adapters():
+    return {"MMDiT": lambda: MMDiTBackbone(tiny()), **{name: partial(toy, **config) for name, config in TOYS.items()}}
+
+
+ADAPTERS = pytest.mark.parametrize("make", [pytest.param(make, id=name) for name, make in adapters().items()])
+
+
+def make(adapter, *, scheme="anchored", **options):
+    return retrofit(adapter.model, scheme=scheme, backbone=adapter, **options)
+
+
+@pytest.fixture(scope="module", params=SCHEMES)
+def model(request):
+    return retrofit(tiny(), scheme=request.param)
+
+
+@pytest.fixture
+def fresh():
+    return retrofit(tiny())
+
+
+def draw(adapter, layout, *, batch=1, seed=0):
+    """Inputs of a row's scenes, one list per scene; the dummy videos of global shots are left to the engine."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        [
+            ShotInput(latents=None if shot.role == "global" else given.latents, text=given.text, role=shot.role)
+            for shot in scene
+            for given in [adapter.example(shot, batch=batch, generator=generator, dtype=torch.float32)]
+        ]
+        for scene in layout.scenes
+    ]
+
+
+def with_zeros(scenes):
+    """The same with every dummy video given: one frame of zeros."""
+    return [
+        [
+            ShotInput(latents=torch.zeros_like(scene[1].latents[:, :, :1]), text=shot.text, role="global")
+            if shot.role == "global"
+            else shot
+            for shot in scene
+        ]
+        for scene in scenes
+    ]
+
+
+def random_levels(layout, *, batch=1, seed=0):
+    t = torch.rand(batch, layout.num_shots, generator=torch.Generator().manual_seed(seed))
+    t[:, [i for i, shot in enumerate(layout.shots) if shot.role == "global"]] = 0
+    return t
+
+
+def worst(got, expected):
+    """The largest error of the shots that have an output; which have one must agree."""
+    pairs = list(zip(got, expected, strict=True))
+    assert [g is None for g, _ in pairs] == [x is None for _, x in pairs]
+    return max(error(g, x) for g, x in pairs if x is not None)
+
+
+def flat(scenes):
+    return [shot for scene in scenes for shot in scene]
+
+
+def shot_by_shot(model, scene, t, *, pattern="context_causal", cache=None, sizes=None):
+    """Several calls with a cache, each of some of the scene's shots."""
+    cache, outputs = KVCache() if cache is None else cache, []
+    for start, stop in pairwise(accumulate(sizes or [1] * len(scene), initial=0)):
+        outputs += model(scene[start:stop], t[:, start:stop], pattern=pattern, cache=cache)
+        cache.append(*range(start, stop))
+    return outputs
+
+
+# The invariants, on layouts of every kind.
+
+
+@given(shot=shots(max_grid=(3, 3, 3)), seed=st.integers(0, 99), t=st.floats(0, 1, width=32))
+@torch.no_grad()
+def test_one_shot_is_the_base_model_to_the_last_bit(shot, seed, t):
+    base, model = tiny(), retrofit(tiny())
+    (scene,) = draw(model.adapter, Layout([[shot]]), batch=2, seed=seed)
+    t = torch.tensor([t])
+    (out,) = model(scene, t)
+    assert torch.equal(out, base(scene[0].latents, (1000 * t).expand(2), scene[0].text))
+
+
+@given(data=st.data(), layout=small(), pattern=st.sampled_from(PATTERNS))
+@torch.no_grad()
+def test_equals_the_definition(model, data, layout, pattern):
+    t, scenes = data.draw(levels(layout)), draw(model.adapter, layout)
+    got = flat(model(scenes, t, pattern=pattern))
+    truth = definition(model.adapter, with_zeros(scenes), t, scheme=model.scheme, pattern=pattern)
+    expected = [None if shot.role == "global" else x for shot, x in zip(layout.shots, truth, strict=True)]
+    if all(x is None for x in expected):
+        return
+    assert worst(got, expected) <= FLOAT32["definition"].absolute
+    for shot, out in zip(flat(scenes), got, strict=True):
+        assert out is None if shot.role == "global" else out.shape == shot.latents.shape
+
+
+@given(data=st.data(), layout=one_scene())
+@torch.no_grad()
+def test_a_shot_does_not_depend_on_later_shots(model, data, layout):
+    first = 1 + (layout.shots[0].role == "global")
+    keep = data.draw(st.integers(first, layout.num_shots))
+    t, (scene,) = random_levels(layout), draw(model.adapter, layout)
+    full = model(scene, t, pattern="context_causal")
+    (others,) = draw(model.adapter, layout, seed=1)
+    changed = model(scene[:keep] + others[keep:], t, pattern="context_causal")
+    absent = model(scene[:keep], t[:, :keep], pattern="context_causal")
+    assert worst([*changed[:keep], *absent], [*full[:keep], *full[:keep]]) == FLOAT32["causal"].absolute == 0
+
+
+@given(data=st.data(), layout=one_scene(with_global=False))
+@torch.no_grad()
+def test_cached_equals_uncached(model, data, layout):
+    cuts = data.draw(st.lists(st.booleans(), min_size=layout.num_shots - 1, max_size=layout.num_shots - 1))
+    ends = [i + 1 for i, cut in enumerate(cuts) if cut] + [layout.num_shots]
+    sizes = [stop - start for start, stop in pairwise([0, *ends])]
+    t, (scene,) = random_levels(layout, batch=2), draw(model.adapter, layout, batch=2)
+    full = model(scene, t, pattern="context_causal")
+    assert worst(shot_by_shot(model, scene, t, sizes=sizes), full) <= FLOAT32["cached"].absolute
+
+
+@given(layout=small(), pattern=st.sampled_from(PATTERNS))
+@torch.no_grad()
+def test_packing_changes_no_scene(model, layout, pattern):
+    t, scenes = random_levels(layout), draw(model.adapter, layout)
+    row = model(scenes, t, pattern=pattern)
+    assert [len(out) for out in row] == [len(scene) for scene in scenes]
+    for scene, places, together in zip(scenes, layout.scene_shots, row, strict=True):
+        alone = model(scene, t[:, list(places)], pattern=pattern)
+        assert worst(together, alone) == FLOAT32["packed"].absolute == 0
+
+
+@given(layout=small(), pattern=st.sampled_from(PATTERNS), steps=st.integers(-1000, 100_000))
+@torch.no_grad()
+def test_moving_a_whole_scene_changes_nothing(model, layout, pattern, steps):
+    moved = copy.copy(model.adapter)
+    moved.rope = lambda coords: model.adapter.rope(coords + steps)
+    t, scenes = random_levels(layout), draw(model.adapter, layout)
+    got, expected = (flat(m(scenes, t, pattern=pattern)) for m in (make(moved, scheme=model.scheme), model))
+    assert worst(got, expected) <= FLOAT32["shifted"].absolute
+
+
+# Adapters of other kinds.
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("config", [pytest.param(config, id=name) for name, config in TOYS.items()])
+def test_toys_conform(config, scheme, dtype):
+    broken = [
+        finding
+        for finding in conformance(partial(toy, **config), schemes=[scheme], dtypes=[dtype])
+        if not finding.holds
+    ]
+    assert not broken
+
+
+WITH_GLOBALS = Layout(
+    [
+        [Shot(4, (1, 2, 3), role="global"), Shot(2, (2, 2, 3)), Shot(1, (1, 1, 1)), Shot(5, (1, 3, 2))],
+        [Shot(3, (2, 1, 2))],
+        [Shot(1, (1, 1, 2), role="global"), Shot(2, (1, 1, 2))],
+    ]
+)
+
+
+@ADAPTERS
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("pattern", PATTERNS)
+@torch.no_grad()
+def test_scenes_with_global_shots_equal_the_definition(make, scheme, pattern):
+    adapter = make()
+    t, scenes = random_levels(WITH_GLOBALS, batch=2), draw(adapter, WITH_GLOBALS, batch=2)
+    got = flat(retrofit(adapter.model, scheme=scheme, backbone=adapter)(scenes, t, pattern=pattern))
+    truth = definition(adapter, with_zeros(scenes), t, scheme=scheme, pattern=pattern)
+    assert [out is None for out in got] == [shot.role == "global" for shot in WITH_GLOBALS.shots]
+    bound = FLOAT32["definition"].absolute
+    assert max(error(out, x) for out, x in zip(got, truth, strict=True) if out is not None) <= bound
+
+
+@ADAPTERS
+@pytest.mark.parametrize("scheme", SCHEMES)
+@torch.no_grad()
+def test_a_cached_global_shot_equals_an_uncached_one(make, scheme):
+    adapter = make()
+    model = retrofit(adapter.model, scheme=scheme, backbone=adapter)
+    layout = Layout(WITH_GLOBALS.scenes[:1])
+    t, (scene,) = random_levels(layout), with_zeros(draw(adapter, layout))
+    full = model(scene, t, pattern="context_causal")
+    assert worst(shot_by_shot(model, scene, t), full) <= FLOAT32["cached"].absolute
+
+
+@torch.no_grad()
+def test_cross_attended_text_is_heard_where_it_should_be():
+    layout = Layout([[Shot(2, (1, 2, 2), role="global"), Shot(2, (1, 2, 2)), Shot(3, (1, 1, 1))]])
+    for second, hears_global in (("own_text", False), ("own_and_global_text", True)):
+        adapter = toy(text="cross", second=second)
+        model, (scene,), t = make(adapter), draw(adapter, layout), random_levels(layout)
+        changed = ShotInput(text=scene[0].text + 1, role="global")
+        before, after = (model(s, t, pattern="own_shot") for s in (scene, [changed, *scene[1:]]))
+        assert [not torch.equal(b, a) for b, a in zip(before[1:], after[1:], strict=True)] == [hears_global] * 2
+        spoken = ShotInput(latents=scene[1].latents, text=scene[1].text + 1)
+        after = model([scene[0], spoken, scene[2]], t, pattern="own_shot")
+        assert not torch.equal(before[1], after[1])
+        assert torch.equal(before[2], after[2])
+
+
+@torch.no_grad()
+def test_a_shot_without_text_needs_a_global_prompt_to_cross_attend():
+    layout = Layout([[Shot(2, (1, 1, 1), role="global"), Shot(0, (1, 1, 1))]])
+    adapter = toy(text="cross", second="own_and_global_text")
+    (scene,) = draw(adapter, layout)
+    (_, out) = make(adapter)(scene, torch.zeros(2))
+    assert out.isfinite().all()
+    with pytest.raises(ValueError, match=r"^layout: shot 0 .* has no text to attend to"):
+        make(adapter)(scene[1:], torch.zeros(1))
+
+
+@torch.no_grad()
+def test_extras_reach_their_shot():
+    adapter = toy()
+    (scene,) = draw(adapter, Layout([[Shot(1, (1, 2, 2)), Shot(2, (1, 1, 1))]]))
+    strong = ShotInput(latents=scene[1].latents, text=scene[1].text, extras={"strength": 2.0})
+    model, t = make(adapter), torch.tensor([0.3, 0.6])
+    plain, changed = (model([scene[0], second], t, pattern="own_shot") for second in (scene[1], strong))
+    assert torch.equal(plain[0], changed[0])
+    assert torch.equal(changed[1], adapter.model(strong.latents, 1 - t[1:], strong.text, strength=2.0))
+    assert not torch.equal(plain[1], changed[1])
+
+
+# The face.
+
+
+@torch.no_grad()
+def test_outputs_are_nested_like_shots(fresh):
+    scenes = draw(fresh.adapter, WITH_GLOBALS, batch=2)
+    t = random_levels(WITH_GLOBALS, batch=2)
+    row = fresh(scenes, t)
+    assert [[None if x is None else x.shape for x in scene] for scene in row] == [
+        [None if shot.role == "global" else shot.latents.shape for shot in scene] for scene in scenes
+    ]
+    one = fresh(tuple(scenes[0]), t[:, :4])  # one scene: one list, whatever kind of sequence it is
+    assert one[0] is None
+    assert all(torch.equal(a, b) for a, b in zip(one[1:], row[0][1:], strict=True))
+    (nested,) = fresh([scenes[0]], t[:, :4])
+    assert all(torch.equal(a, b) for a, b in zip(nested[1:], one[1:], strict=True))
+
+
+@torch.no_grad()
+def test_a_level_for_all_entries_is_a_level_for_each(fresh):
+    layout = Layout([[Shot(2, (1, 2, 2)), Shot(1, (1, 1, 3))]])
+    (scene,) = draw(fresh.adapter, layout, batch=3)
+    t = torch.tensor([0.25, 0.75])
+    for a, b in zip(fresh(scene, t), fresh(scene, t.expand(3, 2)), strict=True):
+        assert torch.equal(a, b)
+
+
+@ADAPTERS
+@torch.no_grad()
+def test_every_entry_of_a_batch_has_its_own_levels(make):
+    adapter = make()
+    model = retrofit(adapter.model, backbone=adapter)
+    layout = Layout([[Shot(2, (1, 2, 2)), Shot(1, (2, 1, 1))]])
+    (scene,), t = draw(adapter, layout, batch=3), random_levels(layout, batch=3)
+    together = model(scene, t)
+    for entry in range(3):
+        alone = [ShotInput(latents=s.latents[entry, None], text=s.text[entry, None]) for s in scene]
+        got = [out[entry, None] for out in together]
+        assert worst(got, model(alone, t[entry])) <= FLOAT32["definition"].absolute
+
+
+@torch.no_grad()
+def test_levels_map_to_the_models_own_timesteps(fresh):
+    seen = []
+    fresh.adapter.encode = lambda inputs, timestep, encode=fresh.adapter.encode: (
+        seen.append(timestep),
+        encode(inputs, timestep),
+    )[1]
+    (scene,) = draw(fresh.adapter, Layout([[Shot(1, (1, 1, 1)), Shot(1, (1, 1, 1))]]), batch=2)
+    t = torch.tensor([[0.0, 1.0], [0.25, 0.5]])
+    fresh(scene, t)
+    assert torch.equal(torch.stack(seen, 1), 1000 * t)
+
+
+@torch.no_grad()
+def test_custom_pattern(fresh):
+    layout = Layout([[Shot(2, (1, 2, 2)), Shot(0, (1, 1, 1)), Shot(1, (2, 1, 2)), Shot(3, (1, 2, 1))]])
+    (scene,), (others,), t = draw(fresh.adapter, layout), draw(fresh.adapter, layout, seed=1), random_levels(layout)
+    chosen = partial(lct.selected_history, history=[[], [0], [0], [0, 2]])
+    before = fresh(scene, t, pattern=chosen)
+    after = fresh([scene[0], others[1], *scene[2:]], t, pattern=chosen)
+    assert [torch.equal(a, b) for a, b in zip(before, after, strict=True)] == [True, False, True, True]
+    everything = partial(lct.selected_history, history=[[], [0], [0, 1], [0, 1, 2]])
+    nothing = partial(lct.selected_history, history=[[], [], [], []])
+    for pattern, name in ((everything, "context_causal"), (nothing, "own_shot")):
+        got, expected = (fresh(scene, t, pattern=p) for p in (pattern, name))
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@torch.no_grad()
+def test_a_custom_pattern_sees_the_history(fresh):
+    layout = Layout([[Shot(2, (1, 2, 2)), Shot(1, (1, 1, 1)), Shot(0, (2, 1, 2))]])
+    (scene,), t = draw(fresh.adapter, layout), random_levels(layout)
+    history, seen = [[], [0], [0]], []
+
+    def pattern(row):
+        seen.append(row)
+        return lct.selected_history(row, history[: row.num_shots])
+
+    full = fresh(scene, t, pattern=pattern)
+    cached = shot_by_shot(fresh, scene, t, pattern=pattern)
+    assert worst(cached, full) <= FLOAT32["cached"].absolute
+    assert seen == [layout, *(Layout([layout.shots[: i + 1]]) for i in range(3))]
+
+
+@torch.no_grad()
+def test_own_shot_pattern_is_the_base_model(fresh):
+    layout = Layout([[Shot(2, (1, 2, 2)), Shot(0, (2, 1, 1))], [Shot(1, (1, 1, 3))]])
+    scenes, t = draw(fresh.adapter, layout), random_levels(layout)
+    got = flat(fresh(scenes, t, pattern="own_shot"))
+    alone = [fresh([shot], t[:, i : i + 1])[0] for i, shot in enumerate(flat(scenes))]
+    assert worst(got, alone) <= FLOAT32["shifted"].absolute  # each stands elsewhere on the diagonal than alone
+
+
+# The global shot.
+
+
+@ADAPTERS
+@torch.no_grad()
+def test_the_dummy_video_is_one_frame_of_zeros(make):
+    adapter = make()
+    model = retrofit(adapter.model, backbone=adapter)
+    scenes, t = draw(adapter, WITH_GLOBALS, batch=2), random_levels(WITH_GLOBALS, batch=2)
+    given = []
+    model.backbone.register_forward_pre_hook(lambda module, args: given.extend(args[1]))
+    filled, explicit = (model(s, t) for s in (scenes, with_zeros(scenes)))
+    for a, b in zip(flat(filled), flat(explicit), strict=True):
+        assert (a is None and b is None) or torch.equal(a, b)
+    first = scenes[0][1].latents
+    assert given[0].role == "global"
+    assert torch.equal(given[0].latents, torch.zeros(2, first.shape[1], 1, *first.shape[3:]))
+    assert scenes[0][0].latents is None  # what the caller gave stays as it was
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@torch.no_grad()
+def test_the_global_shot_is_seen_and_has_no_output(model, pattern):
+    layout = Layout([[Shot(3, (1, 2, 2), role="global"), Shot(1, (1, 2, 2)), Shot(0, (1, 1, 1))]])
+    (scene,), t = draw(model.adapter, layout), random_levels(layout)
+    none, *before = model(scene, t, pattern=pattern)
+    assert none is None
+    _, *after = model([ShotInput(text=scene[0].text + 1, role="global"), *scene[1:]], t, pattern=pattern)
+    without = model(scene[1:], t[:, 1:], pattern=pattern)
+    for a, b, c in zip(before, after, without, strict=True):
+        assert error(b, a) > 1e-3
+        assert error(c, a) > 1e-3
+
+
+@torch.no_grad()
+def test_an_ordinary_shot_of_zeros_would_be_the_same_to_the_others(fresh):
+    """The global prompt is 'a normal text-video pair' (paper, 3.2.2): only its output is missing."""
+    layout = Layout([[Shot(3, (1, 2, 2), role="global"), Shot(1, (2, 2, 2))]])
+    (scene,), t = draw(fresh.adapter, layout), random_levels(layout)
+    ordinary = ShotInput(latents=torch.zeros_like(scene[1].latents[:, :, :1]), text=scene[0].text)
+    assert torch.equal(fresh(scene, t)[1], fresh([ordinary, scene[1]], t)[1])
+
+
+# The model itself.
+
+
+def test_the_models_own_forward_is_untouched(fresh):
+    base = tiny()
+    signature = inspect.signature(base.forward)
+    (scene,) = draw(fresh.adapter, Layout([[Shot(2, (2, 1, 2))]]), batch=2)
+    arguments = {"latents": scene[0].latents, "timestep": torch.tensor([10.0, 900.0]), "text": scene[0].text}
+    assert torch.equal(fresh.backbone(**arguments), base(*arguments.values()))
+    assert list(fresh.backbone.state_dict()) == list(base.state_dict())
+    for model in (fresh.backbone, copy.deepcopy(fresh.backbone)):
+        assert inspect.signature(model.forward) == signature
+        for block, original in zip(model.blocks, base.blocks, strict=True):
+            assert inspect.signature(block.forward) == inspect.signature(original.forward)
+
+
+def test_names_the_model():
+    base = tiny()
+    model = lct.retrofit(base, scheme="anchored", kernel="auto")
+    assert model.backbone is base
+    assert isinstance(model.adapter, MMDiTBackbone)
+    assert (model.scheme, model.kernel, model.gradient_checkpointing) == ("anchored", "auto", False)
+    assert lct.retrofit(base, backbone="mmdit").backbone is base
+
+
+@torch.no_grad()
+def test_retrofit_twice_makes_two_engines_of_one_model():
+    base = tiny()
+    layout = Layout([[Shot(2, (1, 2, 2)), Shot(1, (1, 1, 2))]])
+    (scene,), t = draw(MMDiTBackbone(base), layout), random_levels(layout)
+    expected = [retrofit(tiny(), scheme=scheme)(scene, t) for scheme in SCHEMES]
+    models = [retrofit(base, scheme=scheme) for scheme in SCHEMES]
+    keys = list(base.state_dict())
+    for model, outputs in zip(models, expected, strict=True):
+        assert model.backbone is base
+        assert all(torch.equal(a, b) for a, b in zip(model(scene, t), outputs, strict=True))
+    assert keys == list(tiny().state_dict())
+    assert not torch.equal(expected[0][1], expected[1][1])
+
+
+@torch.no_grad()
+def test_a_deep_copy_of_the_backbone_alone_can_be_retrofitted(fresh):
+    layout = Layout([[Shot(2, (1, 2, 2)), Shot(1, (1, 1, 2))]])
+    (scene,), t = draw(fresh.adapter, layout), random_levels(layout)
+    expected = fresh(scene, t)
+    twin = retrofit(copy.deepcopy(fresh.backbone))
+    for parameter in fresh.backbone.parameters():
+        parameter.zero_()
+    assert all(torch.equal(a, b) for a, b in zip(twin(scene, t), expected, strict=True))
+    base = scene[0].latents, 1000 * t[:, 0], scene[0].text
+    assert torch.equal(twin.backbone(*base), tiny()(*base))
+
+
+@torch.no_grad()
+def test_weights_go_into_a_fresh_model_through_a_file(fresh):
+    layout = Layout([[Shot(2, (1, 2, 2)), Shot(1, (1, 1, 2))]])
+    (scene,), t = draw(fresh.adapter, layout), random_levels(layout)
+    for parameter in fresh.backbone.parameters():
+        parameter.add_(0.01)
+    file = io.BytesIO()
+    torch.save(fresh.backbone.state_dict(), file)
+    file.seek(0)
+    other = tiny()
+    assert not torch.equal(retrofit(other)(scene, t)[0], fresh(scene, t)[0])
+    other.load_state_dict(torch.load(file, weights_only=True))
+    assert all(torch.equal(a, b) for a, b in zip(retrofit(other)(scene, t), fresh(scene, t), strict=True))
+
+
+@ADAPTERS
+@torch.no_grad()
+def test_everything_runs_inside_the_modules_own_call(make):
+    """Else the hooks of sharding and offload would fire at the wrong time, or never."""
+    adapter = make()
+    model = retrofit(adapter.model, backbone=adapter)
+    inside, calls = set(), []
+    for module in (model.backbone, *adapter.blocks):
+        module.register_forward_pre_hook(lambda module, args: inside.add(module))
+        module.register_forward_hook(
+            lambda module, args, output: (inside.discard(module), calls.append(module)) and None
+        )
+
+    def watched(method, needed):
+        def call(*args):
+            assert model.backbone in inside
+            assert needed != "block" or args[0] in inside
+            return method(*args)
+
+        return call
+
+    for name, needed in {
+        "encode": "model",
+        "qkv": "block",
+        "finish": "block",
+        "head": "model",
+        "unpatchify": "model",
+    }.items():
+        setattr(adapter, name, watched(getattr(adapter, name), needed))
+    layout = Layout([[Shot(1, (1, 1, 2)), Shot(2, (1, 1, 1)), Shot(1, (2, 1, 1))]])
+    (scene,) = draw(adapter, layout)
+    for cache in (None, KVCache()):
+        calls.clear()
+        model(scene, random_levels(layout), cache=cache)
+        assert calls == [*adapter.blocks, model.backbone]  # once, however many shots there are
+        assert not inside
+
+
+def test_a_replaced_forward_is_not_lost_in_silence():
+    base = tiny()
+    base.blocks[1].forward = base.blocks[1].forward
+    with pytest.raises(ValueError, match=r"^model: this Block's forward was replaced on the instance.*retrofit first"):
+        retrofit(base)
+
+
+@torch.no_grad()
+def test_a_hook_added_after_the_retrofit_stays():
+    """Offloading libraries wrap forward on the instance, with functools.wraps."""
+    from functools import wraps
+
+    base, calls = tiny(), []
+    retrofit(base)
+    inner = base.blocks[0].forward
+
+    @wraps(inner)
+    def hooked(*args, **kwargs):
+        calls.append(args)
+        return inner(*args, **kwargs)
+
+    base.blocks[0].forward = hooked
+    model = retrofit(base, scheme="paper")
+    layout = Layout([[Shot(1, (1, 1, 2)), Shot(2, (1, 1, 1))]])
+    (scene,), t = draw(model.adapter, layout), random_levels(layout)
+    got, expected = model(scene, t), retrofit(tiny(), scheme="paper")(scene, t)
+    assert len(calls) == 1
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+# Training.
+
+
+def gradients(model, scene, t, pattern):
+    model.backbone.zero_grad()
+    sum(out.square().mean() for out in model(scene, t, pattern=pattern) if out is not None).backward()
+    return {name: p.grad for name, p in model.backbone.named_parameters()}
+
+
+def saved_bytes(model, scene, t):
+    """Bytes of activations that autograd keeps, each memory once."""
+    kept = {}
+
+    def keep(x):
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        out = model(scene, t)
+    del out
+    return sum(kept.values())
+
+
+@ADAPTERS
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_checkpointing_changes_memory_and_no_gradient(make, pattern):
+    layout = Layout(
+        [
+            [
+                Shot(2, (1, 2, 3), role="global"),
+                Shot(3, (2, 2, 3)),
+                Shot(0 if make().traits.text == "joint" else 1, (1, 1, 1)),
+            ]
+        ]
+    )
+    plain = make()
+    (scene,), t = draw(plain, layout, batch=2), random_levels(layout, batch=2)
+    model = retrofit(plain.model, backbone=plain)
+    checkpointed = make()
+    saving = retrofit(checkpointed.model, backbone=checkpointed, gradient_checkpointing=True)
+    a, b = gradients(model, scene, t, pattern), gradients(saving, scene, t, pattern)
+    for name, gradient in a.items():
+        assert gradient is not None
+        assert error(b[name], gradient) <= FLOAT32["checkpointed"].absolute
+    assert saved_bytes(saving, scene, t) < saved_bytes(model, scene, t) / 2
+
+
+def test_checkpointing_recomputes_every_block_once():
+    adapter = MMDiTBackbone(tiny())
+    calls = []
+    qkv = adapter.qkv
+    adapter.qkv = lambda block, site, state: (calls.append(block), qkv(block, site, state))[1]
+    model = make(adapter, gradient_checkpointing=True)
+    (scene,) = draw(adapter, Layout([[Shot(1, (1, 1, 2))]]))
+    (out,) = model(scene, torch.tensor([0.5]))
+    assert calls == adapter.blocks
+    out.sum().backward()
+    assert calls == [*adapter.blocks, *reversed(adapter.blocks)]
+
+
+def test_gradients_equal_the_definitions(model):
+    layout = Layout([[Shot(2, (1, 2, 2)), Shot(1, (2, 1, 1))], [Shot(1, (1, 1, 2)), Shot(0, (1, 1, 1))]])
+    scenes, t = draw(model.adapter, layout), random_levels(layout)
+    results = []
+    for run in (
+        lambda: flat(model(scenes, t, pattern="context_causal")),
+        lambda: definition(model.adapter, scenes, t, scheme=model.scheme, pattern="context_causal"),
+    ):
+        model.backbone.zero_grad()
+        sum(out.square().mean() for out in run()).backward()
+        results.append(torch.cat([p.grad.flatten() for p in model.backbone.parameters()]))
+    model.backbone.zero_grad()
+    assert error(*results) <= FLOAT32["definition"].absolute
+
+
+# Autocast.
+
+
+def autocast():
+    return torch.autocast("cpu", dtype=torch.bfloat16)
+
+
+@ADAPTERS
+@torch.no_grad()
+def test_one_shot_equals_the_base_model_under_autocast(make):
+    adapter, base = make(), make()
+    model = retrofit(adapter.model, backbone=adapter)
+    layout = Layout([[Shot(3, (2, 2, 2))]])
+    (scene,), t = draw(adapter, layout, batch=2), random_levels(layout, batch=2)
+    clean, noise = adapter.traits.timesteps
+    with autocast():
+        (out,) = model(scene, t)
+        expected = base.single_shot(scene[0], clean + (noise - clean) * t[:, 0])
+    assert out.dtype == expected.dtype == torch.bfloat16
+    assert torch.equal(out, expected)
+
+
+@torch.no_grad()
+def test_autocast_leaves_float64_alone():
+    adapter, base = toy(pairing=None), toy(pairing=None)
+    for a in (adapter, base):
+        a.model.double()
+    generator = torch.Generator().manual_seed(0)
+    shot = adapter.example(Shot(3, (2, 2, 2)), batch=1, generator=generator, dtype=torch.float64)
+    with autocast():
+        (out,) = make(adapter)([shot], torch.tensor([0.5], dtype=torch.float64))
+        expected = base.single_shot(shot, torch.tensor([0.5], dtype=torch.float64))
+    assert out.dtype == torch.float64
+    assert torch.equal(out, expected)
+
+
+@ADAPTERS
+@torch.no_grad()
+def test_autocast_with_a_cache(make):
+    adapter = make()
+    model = retrofit(adapter.model, backbone=adapter)
+    layout = Layout([[Shot(3, (2, 2, 2)), Shot(1, (1, 1, 2)), Shot(2, (1, 2, 1))]])
+    (scene,), t = draw(adapter, layout), random_levels(layout)
+    truth = model(scene, t, pattern="context_causal")
+    cache, exact = KVCache(), KVCache()
+    shot_by_shot(model, scene, t, cache=exact)
+    with autocast():
+        full = model(scene, t, pattern="context_causal")
+        cached = shot_by_shot(model, scene, t, cache=cache)
+    own = worst(full, truth)
+    assert 0 < own < 0.1
+    assert worst(cached, full) <= BOUNDS[torch.bfloat16]["cached"].given(own)
+    assert 2 * cache.nbytes == exact.nbytes  # the cache holds what attention takes: two bytes, not four
+
+
+@torch.no_grad()
+def test_angles_stay_exact_under_autocast():
+    """Angles in float32, as HunyuanVideo has them, would be rounded to bfloat16 by an autocast matmul."""
+    adapter = toy(angle_dtype=torch.float32)
+    seen, rope = [], adapter.rope
+
+    def watched(coords):
+        angles = rope(coords)
+        seen.append((coords, angles))
+        return angles
+
+    adapter.rope = watched
+    model = make(adapter)
+    layout = Layout([[Shot(3, (2, 2, 2)), Shot(1, (1, 1, 2))]])
+    (scene,), t = draw(adapter, layout), random_levels(layout)
+    with autocast():
+        shot_by_shot(model, scene, t)
+    assert any(coords.shape == (1, 3) for coords, _ in seen)  # one step along the diagonal, for the cache
+    for coords, angles in seen:
+        assert angles.dtype == torch.float32
+        assert torch.equal(angles, rope(coords))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_rotation_is_in_float32_whatever_the_models_dtype(monkeypatch, dtype):
+    seen, rotate = [], lct.scene_model.rotate
+    monkeypatch.setattr("lct_core.scene_model.rotate", lambda x, by: (seen.append(by), rotate(x, by))[1])
+    adapter = MMDiTBackbone(tiny().to(dtype))
+    shot = adapter.example(Shot(1, (1, 1, 2)), batch=1, generator=torch.Generator(), dtype=dtype)
+    (out,) = make(adapter)([shot], torch.tensor([0.5]))
+    assert out.dtype == dtype
+    assert {by.cos.dtype for by in seen} == {by.sin.dtype for by in seen} == {torch.float32}
+
+
+# What is refused.
+
+
+def given_shot(channels=4, size=(1, 2, 2), text=(1, 3, 16), **options):
+    text = torch.zeros(text) if isinstance(text, tuple) else text
+    return ShotInput(latents=torch.zeros(len(text) if text is not None else 1, channels, *size), text=text, **options)
+
+
+@pytest.mark.parametrize(
+    ("shots", "t", "message"),
+    [
+        ([], [0.5], r"^shots: got \[\], expected one scene"),
+        ([[]], [0.5], r"^shots: got \[\[\]\], expected one scene"),
+        ([[given_shot()], []], [0.5], r"^shots: got .*none of them empty"),
+        ([given_shot(), [given_shot()]], [0.5, 0.5], r"^shots: got .*expected one scene, a sequence of ShotInput"),
+        (torch.zeros(1, 4, 1, 2, 2), [0.5], r"^shots: got .*expected one scene, a sequence of ShotInput"),
+        (
+            [given_shot(channels=5)],
+            [0.5],
+            r"^latents: got \[1, 5, 1, 2, 2\], expected \[batch, 4, frames, height, width\]",
+        ),
+        (
+            [ShotInput(latents=torch.zeros(4, 1, 2, 2), text=torch.zeros(1, 3, 16))],
+            [0.5],
+            r"^latents: got \[4, 1, 2, 2\]",
+        ),
+        ([ShotInput(latents=None, text=torch.zeros(1, 3, 16))], [0.5], "^latents: got None, expected"),
+        (
+            [given_shot(size=(1, 3, 2))],
+            [0.5],
+            r"^latents: got frames, height, width \(1, 3, 2\), expected positive multiples",
+        ),
+        (
+            [given_shot(size=(0, 2, 2))],
+            [0.5],
+            r"^latents: .*\(0, 2, 2\), expected positive multiples of the patch \(1, 2, 2\)",
+        ),
+        ([given_shot(text=None)], [0.5], r"^text: got None, expected \[1, tokens, 16\]"),
+        ([given_shot(text=(1, 3, 15))], [0.5], r"^text: got \[1, 3, 15\], expected \[1, tokens, 16\]"),
+        (
+            [ShotInput(latents=torch.zeros(2, 4, 1, 2, 2), text=torch.zeros(1, 3, 16))],
+            [0.5],
+            r"^text: got \[1, 3, 16\], expected \[2, tokens, 16\]: one encoded prompt for every entry",
+        ),
+        ([given_shot(extras={"size": 1})], [0.5], r"^extras: got \['size'\], which MMDiT does not take; it takes none"),
+        ([given_shot(role="dummy")], [0.5], r"^role: got 'dummy', expected"),
+        (
+            [given_shot(), given_shot(text=(2, 3, 16))],
+            [0.5, 0.5],
+            r"^shots: shot 1 has a batch of 2, expected 1 like the first",
+        ),
+        ([given_shot(), given_shot(role="global")], [0.5, 0.0], r"^scenes: shot 1 of scene 0 .* is global"),
+        (
+            [ShotInput(text=torch.zeros(1, 3, 16), role="global")],
+            [0.0],
+            "^shots: a global shot without latents needs a shot",
+        ),
+        (
+            [ShotInput(text=torch.zeros(1, 3, 16), role="global"), given_shot()],
+            [0.5, 0.5],
+            r"^t: got \[0.5, 0.5\], expected 0 for a global shot",
+        ),
+        ([given_shot()], [0.5, 0.5], r"^t: got \[2\], expected floating-point noise levels \[1\] or \[1, 1\]"),
+        ([given_shot()], [[0.5], [0.5]], r"^t: got \[2, 1\], expected floating-point noise levels \[1\] or \[1, 1\]"),
+        ([given_shot()], 0.5, r"^t: got \[\], expected floating-point noise levels"),
+        ([given_shot()], [1], r"^t: got \[1\], expected floating-point noise levels"),
+        ([given_shot()], None, r"^t: got None, expected floating-point noise levels"),
+        (
+            [given_shot()],
+            [500.0],
+            r"^t: got levels from 500 to 500, expected \[0, 1\].*divide a 0-1000 timestep by 1000",
+        ),
+        ([given_shot()], [-0.1], r"^t: got levels from -0.1 to -0.1, expected \[0, 1\]"),
+        ([given_shot()], [float("nan")], r"^t: got levels from nan to nan, expected \[0, 1\]"),
+    ],
+)
+def test_refuses(fresh, shots, t, message):
+    with pytest.raises(ValueError, match=message):
+        fresh(shots, None if t is None else torch.tensor(t))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"pattern": "causal"},
+            r"^pattern: got 'causal', expected one of \['bidirectional', 'context_causal', 'own_shot'\]",
+        ),
+        (
+            {"pattern": lambda layout: lct.bidirectional(Layout([[Shot(1, (1, 1, 1))]]))},
+            "^plan: it has 2 queries and 2 keys",
+        ),
+        (
+            {"pattern": lambda layout: lct.selected_history(layout, [])},
+            "^history: got 0 entries, expected one for each",
+        ),
+    ],
+)
+def test_refuses_patterns(fresh, options, message):
+    with pytest.raises(ValueError, match=message):
+        fresh([given_shot()], torch.tensor([0.5]), **options)
+
+
+def test_refuses_scenes_beside_one_another_with_a_cache(fresh):
+    with pytest.raises(ValueError, match=r"^cache: got 2 scenes, expected one"):
+        fresh([[given_shot()], [given_shot()]], torch.tensor([0.5, 0.5]), cache=KVCache())
+
+
+def test_refuses_an_unknown_kernel():
+    with pytest.raises(ValueError, match=r'^kernel: got \'none\', expected "auto" or one of \['):
+        retrofit(tiny(), kernel="none")([given_shot()], torch.tensor([0.5]))
+
+
+def test_retrofit_refuses():
+    base = tiny()
+    with pytest.raises(ValueError, match=r'^scheme: got \'mrope\', expected "paper"'):
+        retrofit(base, scheme="mrope")
+    with pytest.raises(ValueError, match=r"^backbone: this adapter adapts another model"):
+        retrofit(base, backbone=MMDiTBackbone(tiny()))
+    with pytest.raises(ValueError, match=r"^model: no backbone handles torch.nn.modules.linear.Linear"):
+        retrofit(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r"^backbone: got 'none', expected one of \["):
+        retrofit(base, backbone="none")
+    assert "forward" not in vars(base)  # a refused model is left alone
+
+
+def test_an_adapter_with_rope_must_give_angles():
+    class Silent(ToyBackbone):
+        rope = Backbone.rope
+
+    with pytest.raises(NotImplementedError, match=r"^Silent.rope: traits.pairing is 'interleaved'"):
+        make(Silent(Toy()))([given_shot(channels=3, text=(1, 3, 5))], torch.tensor([0.5]))
+
+
+def test_a_subclass_of_a_known_model_is_handled():
+    class Mine(MMDiT):
+        pass
+
+    assert isinstance(retrofit(Mine(channels=4, text_width=16, width=48, depth=1, heads=2)).adapter, MMDiTBackbone)
