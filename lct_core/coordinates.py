@@ -57,8 +57,8 @@ def extent(shot: Shot, *, scheme: Scheme) -> int:
 def measured_extent(coords: Float[Tensor, "tokens 3"], unit: tuple[float, float, float]) -> int:
     """The extent of a shot that stands at its base model's own coordinates.
 
-    One step more than the largest coordinate over all axes, in diagonal units, rounded up. The last thousandth of a step
-    is taken for rounding of the coordinates (ours): 3 · 0.1 / 0.1 is more than 3 in floating point.
+    One step more than the largest coordinate over all axes, in diagonal units, rounded up. A thousandth of a step is
+    taken for the rounding of coordinates (ours): in floating point 3 · 0.1 / 0.1 is more than 3.
 
     Args:
         coords: The base model's coordinates of the shot's tokens, text included, before any move.

@@ -52,8 +52,10 @@ def token_by_token(q, k, v, plan, scale):
             keys, values = k[b, :, h // group], v[b, :, h // group]
             for i in range(plan.queries):
                 seen = [j for j in range(plan.keys) if visible[i, j]]
-                weights = [math.exp(scale * sum(x * y for x, y in zip(q[b, i, h].tolist(), keys[j].tolist(), strict=True)))
-                           for j in seen]
+                weights = [
+                    math.exp(scale * sum(x * y for x, y in zip(q[b, i, h].tolist(), keys[j].tolist(), strict=True)))
+                    for j in seen
+                ]
                 out[b, i, h] = sum(w * values[j] for w, j in zip(weights, seen, strict=True)) / sum(weights)
     return out
 
@@ -94,8 +96,11 @@ def kernel_spec(name, kernel=sdpa, *, refusals=lambda request: [], rank=None):
 # the definition
 
 
-@given(layouts(max_scenes=2, max_shots=2, max_text=2, max_grid=(1, 2, 2)), st.sampled_from([(1, 1), (4, 2), (3, 1)]),
-       st.sampled_from([None, 0.0, 1.5]))
+@given(
+    layouts(max_scenes=2, max_shots=2, max_text=2, max_grid=(1, 2, 2)),
+    st.sampled_from([(1, 1), (4, 2), (3, 1)]),
+    st.sampled_from([None, 0.0, 1.5]),
+)
 def test_the_reference_is_attention_token_by_token(layout, heads, scale):
     plan = context_causal(layout)
     q, k, v = draw(plan, *heads, 4, batch=1, dtype=torch.float64)
@@ -115,10 +120,8 @@ def test_the_reference_computes_in_float64(plan):
 # kernels against it
 
 
-@pytest.mark.parametrize("name", ["sdpa", "reference", "auto"])
-def test_kernels_conform(name):
-    dtypes = (torch.float32, torch.bfloat16, torch.float16)
-    findings = list(suite.kernel_conformance(name, dtypes=dtypes))
+def test_sdpa_conforms():
+    findings = list(suite.kernel_conformance("sdpa", dtypes=(torch.float32, torch.bfloat16, torch.float16)))
     assert len(findings) == 3 * 5 * 2 * 4  # dtypes, plans, head counts; output and three gradients
     for finding in findings:
         assert finding.holds, finding
@@ -126,7 +129,11 @@ def test_kernels_conform(name):
 
 WRONG = {
     "sees everything": lambda q, k, v, plan, scale: sdpa(
-        q, k, v, AttentionPlan(plan.queries, plan.keys, (Segment(Range(0, plan.queries), (Range(0, plan.keys),)),)), scale
+        q,
+        k,
+        v,
+        AttentionPlan(plan.queries, plan.keys, (Segment(Range(0, plan.queries), (Range(0, plan.keys),)),)),
+        scale,
     ),
     "ignores the scale": lambda q, k, v, plan, scale: sdpa(q, k, v, plan, 1.05 * scale),
     "pairs the wrong heads": lambda q, k, v, plan, scale: sdpa(q, k.flip(2), v.flip(2), plan, scale),
@@ -239,7 +246,9 @@ def test_a_shot_does_not_change_by_a_bit_when_later_shots_do():
     assert torch.equal(after[:, : last.start], before[:, : last.start])
     assert not torch.equal(after[:, last], before[:, last])
     first_two = AttentionPlan(last.start, last.start, LONG.segments[:-1])
-    assert torch.equal(attend(*(x[:, : last.start] for x in (q, k, v)), first_two, kernel="sdpa"), before[:, : last.start])
+    assert torch.equal(
+        attend(*(x[:, : last.start] for x in (q, k, v)), first_two, kernel="sdpa"), before[:, : last.start]
+    )
 
 
 def test_keys_that_a_query_does_not_see_are_never_touched():
@@ -273,8 +282,8 @@ def test_gradients_equal_those_of_plain_slices(plan):
 def test_gradients_equal_finite_differences():
     plan = selected_history(Layout([[Shot(1, (1, 1, 1)), Shot(0, (1, 1, 2)), Shot(2, (1, 1, 1))]]), [[], [], [0]])
     tensors = draw(plan, 2, 1, 3, batch=1, dtype=torch.float64, grad=True)
-    assert torch.autograd.gradcheck(lambda *x: attend(*x, plan, kernel="sdpa"), tensors)
-    assert torch.autograd.gradcheck(lambda *x: attend(*x, plan, kernel="reference"), tensors)
+    assert torch.autograd.gradcheck(lambda *x: attend(*x, plan, kernel="sdpa"), tensors, fast_mode=True)
+    assert torch.autograd.gradcheck(lambda *x: attend(*x, plan, kernel="reference"), tensors, fast_mode=True)
 
 
 @pytest.mark.parametrize("wanted", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (0, 1, 1), (1, 0, 1)])
@@ -312,7 +321,11 @@ class _Zeros(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
-        if isinstance(out, torch.Tensor) and out.shape == self.shape and ("zeros" in name or name.endswith("_backward")):
+        if (
+            isinstance(out, torch.Tensor)
+            and out.shape == self.shape
+            and ("zeros" in name or name.endswith("_backward"))
+        ):
             self.made[name] += 1
         return out
 
@@ -321,9 +334,9 @@ class _Zeros(TorchDispatchMode):
 def test_gradient_buffers_are_filled_once_however_many_segments(shots):
     plan = context_causal(Layout([[Shot(2, (1, 2, 3))] * shots + [Shot(1, (1, 1, 1))]]))
     made = []
-    for attention in (sdpa, by_slicing):
+    for run in (sdpa, by_slicing):
         q, k, v = draw(plan, 3, 3, grad=True)
-        out = attention(q, k, v, plan, 0.5).sum()
+        out = run(q, k, v, plan, 0.5).sum()
         with _Zeros(k.shape) as zeros:
             out.backward()
         made.append(zeros.made)
@@ -335,7 +348,9 @@ def test_gradient_buffers_are_filled_once_however_many_segments(shots):
 def test_checkpointing_changes_no_gradient(plan):
     tensors = draw(plan, dtype=torch.bfloat16, grad=True)
     plain = gradients(lambda *x: attend(*x, plan, kernel="sdpa"), tensors)
-    recomputed = gradients(lambda *x: checkpoint(lambda *y: attend(*y, plan, kernel="sdpa"), *x, use_reentrant=False), tensors)
+    recomputed = gradients(
+        lambda *x: checkpoint(lambda *y: attend(*y, plan, kernel="sdpa"), *x, use_reentrant=False), tensors
+    )
     for p, r in zip(plain, recomputed, strict=True):
         assert torch.equal(p, r)
 
@@ -376,7 +391,7 @@ def test_one_group_is_one_plan():
 @pytest.mark.parametrize(("heads", "kv_heads", "count"), [(4, 4, 0), (4, 4, 3), (4, 2, 4), (6, 2, 3)])
 def test_head_groups_that_do_not_divide_the_heads_are_an_error(heads, kv_heads, count):
     q, k, v = draw(GAPS, heads, kv_heads)
-    with pytest.raises(ValueError, match=rf"^plan: got {count} plans for q \[2, 49, {heads}, 8\] and k .* head groups"):
+    with pytest.raises(ValueError, match=rf"^plan: got {count} plans for q \[2, 55, {heads}, 8\] and k .* head groups"):
         attend(q, k, v, [GAPS] * count)
 
 
@@ -398,7 +413,9 @@ def test_a_kernel_asked_for_by_name_is_never_replaced(head_dim, dtype, grad, rea
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", other)
     q, k, v = draw(GAPS, head_dim=head_dim, dtype=dtype, grad=grad)
-    with pytest.raises(ValueError, match="^kernel: no kernel for .*'flex' was asked for, and refuses:\n  flex: ") as caught:
+    with pytest.raises(
+        ValueError, match=r"^kernel: no kernel for .*'flex' was asked for, and refuses:\n  flex: "
+    ) as caught:
         attend(q, k, v, GAPS, kernel="flex")
     listed = str(caught.value).splitlines()
     assert len(listed) == 2
@@ -428,7 +445,7 @@ def test_auto_takes_the_first_in_order_that_does_not_refuse(monkeypatch):
     even, odd = draw(GAPS, head_dim=4), draw(GAPS, head_dim=3)
     assert (attend(*even, GAPS) == 0.5).all()
     assert torch.equal(attend(*odd, GAPS), attend(*odd, GAPS, kernel="sdpa"))
-    with pytest.raises(ValueError, match="'early' was asked for, and refuses:\n  early: too odd$"):
+    with pytest.raises(ValueError, match=r"'early' was asked for, and refuses:\n  early: too odd$"):
         attend(*odd, GAPS, kernel="early")
 
 
@@ -441,12 +458,16 @@ def test_auto_lists_every_candidates_reasons():
     class Plugin:
         @hookimpl
         def lct_kernels(self):
-            return [refusing("one", 1, "no"), refusing("two", 2, "never", "ever"), refusing("by name only", None, "hush")]
+            return [
+                refusing("one", 1, "no"),
+                refusing("two", 2, "never", "ever"),
+                refusing("by name only", None, "hush"),
+            ]
 
     own.register(Plugin(), name="test")
     own._kernels.pop("sdpa")
     request = KernelRequest(GAPS, torch.device("cpu"), torch.float32, 2, 2, 8, False)
-    with pytest.raises(ValueError, match="'auto' was asked for, and refuses:\n  one: no\n  two: never; ever$"):
+    with pytest.raises(ValueError, match=r"'auto' was asked for, and refuses:\n  one: no\n  two: never; ever$"):
         own.kernel("auto", request)
 
 
@@ -491,19 +512,22 @@ def test_plans_that_are_gone_are_not_kept_for_ever():
 @pytest.mark.parametrize(
     ("shapes", "message"),
     [
-        ([(2, 49, 16), (2, 49, 2, 8), (2, 49, 2, 8)], r"^q, k, v: got q \[2, 49, 16\], k .*expected \[batch, tokens, heads"),
-        ([(2, 49, 2, 8), (2, 49, 16), (2, 49, 16)], r"^q, k, v: got .*k \[2, 49, 16\]"),
-        ([(2, 49, 2, 8), (2, 49, 2, 8), (2, 49, 2, 7)], r"^q, k, v: got .*v \[2, 49, 2, 7\], expected .*k and v alike"),
-        ([(2, 49, 2, 8), (2, 49, 2, 8), (2, 48, 2, 8)], r"^q, k, v: got .*v \[2, 48, 2, 8\], expected .*k and v alike"),
-        ([(2, 49, 2, 8), (2, 49, 2, 8), (2, 49)], r"^q, k, v: got .*v \[2, 49\], expected .*k and v alike"),
-        ([(2, 49, 4, 8), (2, 49, 4, 8), (2, 49, 2, 8)], r"^q, k, v: got .*v \[2, 49, 2, 8\], expected .*k and v alike"),
-        ([(2, 49, 2, 8), (1, 49, 2, 8), (1, 49, 2, 8)], r"^q, k, v: got .*with the batch and head_dim of q"),
-        ([(2, 49, 2, 8), (2, 49, 2, 4), (2, 49, 2, 4)], r"^q, k, v: got .*with the batch and head_dim of q"),
-        ([(2, 49, 4, 8), (2, 49, 3, 8), (2, 49, 3, 8)], r"^k, v: got 3 heads for the 4 of q, expected a divisor"),
-        ([(2, 49, 2, 8), (2, 49, 4, 8), (2, 49, 4, 8)], r"^k, v: got 4 heads for the 2 of q, expected a divisor"),
-        ([(2, 49, 2, 8), (2, 49, 0, 8), (2, 49, 0, 8)], r"^k, v: got 0 heads for the 2 of q"),
-        ([(2, 48, 2, 8), (2, 49, 2, 8), (2, 49, 2, 8)], r"^plan: it has 49 queries and 49 keys, but got q \[2, 48, 2, 8\]"),
-        ([(2, 49, 2, 8), (2, 50, 2, 8), (2, 50, 2, 8)], r"^plan: it has 49 queries .*k \[2, 50, 2, 8\]; build the plan"),
+        ([(2, 55, 16), (2, 55, 2, 8), (2, 55, 2, 8)], r"^q, k, v: got q \[2, 55, 16\], k .*expected \[batch"),
+        ([(2, 55, 2, 8), (2, 55, 16), (2, 55, 16)], r"^q, k, v: got .*k \[2, 55, 16\]"),
+        ([(2, 55, 2, 8), (2, 55, 2, 8), (2, 55, 2, 7)], r"^q, k, v: got .*v \[2, 55, 2, 7\], expected .*k and v alike"),
+        ([(2, 55, 2, 8), (2, 55, 2, 8), (2, 54, 2, 8)], r"^q, k, v: got .*v \[2, 54, 2, 8\], expected .*k and v alike"),
+        ([(2, 55, 2, 8), (2, 55, 2, 8), (2, 55)], r"^q, k, v: got .*v \[2, 55\], expected .*k and v alike"),
+        ([(2, 55, 4, 8), (2, 55, 4, 8), (2, 55, 2, 8)], r"^q, k, v: got .*v \[2, 55, 2, 8\], expected .*k and v alike"),
+        ([(2, 55, 2, 8), (1, 55, 2, 8), (1, 55, 2, 8)], r"^q, k, v: got .*with the batch and head_dim of q"),
+        ([(2, 55, 2, 8), (2, 55, 2, 4), (2, 55, 2, 4)], r"^q, k, v: got .*with the batch and head_dim of q"),
+        ([(2, 55, 4, 8), (2, 55, 3, 8), (2, 55, 3, 8)], r"^k, v: got 3 heads for the 4 of q, expected a divisor"),
+        ([(2, 55, 2, 8), (2, 55, 4, 8), (2, 55, 4, 8)], r"^k, v: got 4 heads for the 2 of q, expected a divisor"),
+        ([(2, 55, 2, 8), (2, 55, 0, 8), (2, 55, 0, 8)], r"^k, v: got 0 heads for the 2 of q"),
+        (
+            [(2, 54, 2, 8), (2, 55, 2, 8), (2, 55, 2, 8)],
+            r"^plan: it has 55 queries and 55 keys, but got q \[2, 54, [12], 8\]",
+        ),
+        ([(2, 55, 2, 8), (2, 56, 2, 8), (2, 56, 2, 8)], r"^plan: it has 55 queries .*k \[2, 56, [12], 8\]; build"),
     ],
 )
 @pytest.mark.parametrize("groups", [1, 2])
@@ -512,7 +536,9 @@ def test_shapes_that_do_not_fit_are_an_error(shapes, message, groups):
         attend(*map(torch.zeros, shapes), GAPS if groups == 1 else [GAPS] * groups)
 
 
-@pytest.mark.parametrize("dtypes", [("float32", "bfloat16", "bfloat16"), ("float32", "float32", "float16"), ["int64"] * 3])
+@pytest.mark.parametrize(
+    "dtypes", [("float32", "bfloat16", "bfloat16"), ("float32", "float32", "float16"), ["int64"] * 3]
+)
 def test_dtypes_that_do_not_fit_are_an_error(dtypes):
     tensors = [x.to(getattr(torch, name)) for x, name in zip(draw(GAPS), dtypes, strict=True)]
     expected = ", ".join(f"torch.{name}" for name in dtypes)

@@ -1,5 +1,4 @@
 import itertools
-import signal
 import struct
 import subprocess
 import sys
@@ -119,8 +118,8 @@ def test_bad_input_is_one_line(capsys, arguments, line):
 @pytest.mark.parametrize(
     "shot",
     ["", "12", "12:4x6", "12:4x6x6x6", "12;4x6x6", "12:4X6X6", ":4x6x6", "a:4x6x6", "1.5:4x6x6", "+1:4x6x6", " 1:4x6x6",
-     "1:4x6x6/", "//", "Global:1:1x1x1", "global:4x6x6", "shot:1:1x1x1", "100000:1x1x1", "1:1x1x100000", "\N{ARABIC-INDIC DIGIT ONE}:1x1x1",
-     "1:1x1x1\n"],
+     "1:4x6x6/", "//", "Global:1:1x1x1", "global:4x6x6", "shot:1:1x1x1", "100000:1x1x1", "1:1x1x100000", "1:1x1x1\n",
+     "\N{ARABIC-INDIC DIGIT ONE}:1x1x1"],
 )  # fmt: skip
 def test_a_malformed_shot(capsys, shot):
     line = refused(capsys, ["inspect", "1:1x1x1", shot])
@@ -520,6 +519,16 @@ def test_conformance_options(factories, capsys, option):
     assert f"Invalid value for '{option}': 'x' is not one of" in refused(capsys, ["conformance", "a:b", option, "x"])
 
 
+@pytest.fixture
+def _one_thread():
+    """Many threads on tiny tensors wait for one another where the cores are shared."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("_one_thread")
 def test_conformance_of_the_mmdit(factories, capsys):
     before = [*sys.path]
     assert main(["conformance", f"{factories}:make", "--scheme", "anchored", "--dtype", "float32"]) == 0
@@ -608,7 +617,6 @@ def test_a_process_that_is_interrupted(tmp_path):
     done = lct("conformance", "slow:make")
     assert done.returncode == 130
     assert done.stderr.strip() == ""
-    assert done.returncode != -signal.SIGINT
 
 
 def test_pyplot_is_left_alone():

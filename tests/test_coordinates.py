@@ -26,7 +26,9 @@ def by_definition(layout, scheme):
             else:
                 text = [(origin, origin, origin)] * shot.text
                 start = origin
-            video = [(start + t, start + y, start + x) for t in range(frames) for y in range(height) for x in range(width)]
+            video = [
+                (start + t, start + y, start + x) for t in range(frames) for y in range(height) for x in range(width)
+            ]
             row += text + video if layout.text_first else video + text
             origin = start + max(frames, height, width)
     return row

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import click
 
-from lct_core.cli import backbones, conformance, inspect, kernels
+from lct_core.cli import backbones, conformance, demo, inspect, kernels
 from lct_core.plugins import PluginError
 
 
@@ -30,7 +30,7 @@ class _Lct(click.Group):
 @click.version_option(package_name="lct-core", prog_name="lct", message="%(prog)s %(version)s")
 @click.pass_context
 def lct(ctx: click.Context) -> None:
-    """Long Context Tuning: look at scenes, backbones and kernels.
+    """Long Context Tuning: see it work, look at scenes, backbones and kernels.
 
     \b
     Example:
@@ -44,6 +44,7 @@ lct.add_command(inspect.command)
 lct.add_command(backbones.command)
 lct.add_command(kernels.command)
 lct.add_command(conformance.command)
+lct.add_command(demo.command)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -16,6 +16,8 @@ from lct_core.packing import plan_rows
 if TYPE_CHECKING:
     from rich.table import Table
 
+_WIDTH = 120  # columns; a narrower terminal wraps lines rather than lose numbers
+
 
 @click.command("inspect")
 @click.argument("shots", metavar="[SHOT ...]", nargs=-1)
@@ -85,7 +87,7 @@ def command(
     console = Console(highlight=False)
     if not shots:
         console.print(f"No SHOT given, so this is the example: lct inspect {' '.join(EXAMPLE)}\n", soft_wrap=True)
-    console.print(_table(costs(layout, plan, size, scheme=scheme)))
+    console.print(_table(costs(layout, plan, size, scheme=scheme)), width=_WIDTH, crop=False)
     console.print(
         f"Attention {pattern}, coordinates {scheme}. Pairs: queries and keys that meet, in one head of one layer.\n"
         f"FLOPs of one forward attention and bytes of the KV cache: all {layers} layers, {heads} query heads and\n"
@@ -111,9 +113,9 @@ def _table(rows: Sequence[Cost]) -> "Table":
     from rich import box
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
-    table.add_column("scene")
-    table.add_column("shot")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("scene", no_wrap=True)
+    table.add_column("shot", no_wrap=True)
     for name in ("text", "video", "tokens", "starts at", "pairs", "FLOPs", "KV cache"):
         table.add_column(name, justify="right", no_wrap=True)
     for i, row in enumerate(rows):

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection, PolyCollection
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch, Rectangle
+from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from lct_core.cli.shots import shot_names, starts
@@ -96,8 +96,8 @@ def coordinates_figure(layout: Layout, *, scheme: Scheme) -> Figure:
     offsets = _place_chains(bounds)
     placed = np.concatenate([points + offset for points, offset in zip(bounds, offsets, strict=True)])
     small = [
-        (chain, box, offset)
-        for chain, offset in zip(chains, offsets, strict=True)
+        (f"scene {number}, {box.name}" if len(chains) > 1 else box.name, chain, box)
+        for number, chain in enumerate(chains, start=1)
         for box in chain
         if max(box.shot.grid) * scale < 0.3 and box.shot.role == "shot"
     ]
@@ -276,14 +276,7 @@ def _draw_directions(axes: Axes, *, corner: tuple[float, float]) -> None:
 
 
 def _draw_closer(
-    axes: Axes,
-    chain: Sequence[Box],
-    box: Box,
-    offset: Points,
-    *,
-    corner: tuple[float, float],
-    scale: float,
-    scheme: Scheme,
+    axes: Axes, name: str, chain: Sequence[Box], box: Box, *, corner: tuple[float, float], scale: float, scheme: Scheme
 ) -> None:
     """A video block and what it touches, again at a larger scale, in a frame below the corner."""
     points = _outline(box)[:-2]
@@ -295,12 +288,9 @@ def _draw_closer(
     for spine in closer.spines.values():
         spine.set(color="0.5", linewidth=0.8)
     _draw_chain(closer, chain, scale=zoom, offset=-centre * zoom, scheme=scheme)
-    name = f"{box.name}, {zoom / scale:,.0f} times as large"
+    title = f"{name}, {zoom / scale:,.0f} times as large"
     at = -width / 2 + 0.1, height / 2 - 0.1
-    closer.text(*at, name, fontsize=9, fontweight="bold", color=_shade(box.colour, -0.4), va="top")
-    seen = np.array(_CLOSER) / zoom * scale
-    x, y = centre * scale + offset - seen / 2
-    axes.add_patch(Rectangle((x, y), *seen, fill=False, edgecolor="0.5", linewidth=0.8, zorder=7))
+    closer.text(*at, title, fontsize=9, fontweight="bold", color=_shade(box.colour, -0.4), va="top")
 
 
 # --- attention ---

@@ -35,7 +35,7 @@ def flex(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float) -> 
 
 @cache
 def _compiled(device_type: str) -> Callable[..., Tensor]:
-    """Compiled whole, so that torch raises where it would run uncompiled; on a CPU torch has no dynamic shapes for it."""
+    """Compiled whole: torch then raises where it would run uncompiled. On a CPU it has no dynamic shapes for it."""
     from torch.nn.attention.flex_attention import flex_attention
 
     return torch.compile(flex_attention, fullgraph=True, dynamic=False if device_type == "cpu" else None)

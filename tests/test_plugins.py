@@ -1,0 +1,447 @@
+import json
+import subprocess
+import sys
+from importlib.metadata import entry_points
+from textwrap import dedent
+
+import pytest
+import torch
+
+from lct_core import attention
+from lct_core.attention import attend, sdpa
+from lct_core.backbone import BackboneSpec, KernelRequest, KernelSpec
+from lct_core.layout import Layout, Shot
+from lct_core.masks import context_causal
+from lct_core.plugins import PluginError, Registry, hookimpl
+
+PLAN = context_causal(Layout([[Shot(1, (1, 2, 2)), Shot(0, (1, 1, 3))]]))
+REQUEST = KernelRequest(PLAN, torch.device("cpu"), torch.float32, 2, 2, 8, False)
+
+GOOD = """
+    from torch import nn
+    from lct_core import BackboneSpec, KernelSpec, hookimpl
+
+    class Model(nn.Module):
+        def __init__(self, width=1):
+            super().__init__()
+            self.width = width
+
+    class Adapter:
+        def __init__(self, model):
+            self.model = model
+
+    def zeros(q, k, v, plan, scale):
+        return q.new_zeros(q.shape)
+
+    @hookimpl
+    def lct_backbones():
+        return [BackboneSpec(name="toy", summary="a toy", handles=(f"{__name__}.Model",), adapter=f"{__name__}:Adapter",
+                             build=f"{__name__}:Model")]
+
+    @hookimpl
+    def lct_kernels():
+        return [KernelSpec(name="zeros", summary="nothing", load=lambda: zeros, refusals=lambda request: [])]
+"""
+
+KERNEL = """
+    from lct_core import KernelSpec, hookimpl
+
+    def kernel(name):
+        return KernelSpec(name=name, summary="", load=None, refusals=None)
+"""
+
+
+@pytest.fixture
+def install(tmp_path, monkeypatch):
+    """Install a distribution of one module and one entry point: a folder with its metadata on sys.path."""
+
+    def install(name, code, *, entry=None, value=None):
+        site, module = tmp_path / name, name.replace("-", "_")
+        info = site / f"{module}-1.2.dist-info"
+        info.mkdir(parents=True)
+        (site / f"{module}.py").write_text(dedent(code))
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.2\n")
+        (info / "entry_points.txt").write_text(f"[lct]\n{entry or module} = {value or module}\n")
+        monkeypatch.delitem(sys.modules, module, raising=False)
+        monkeypatch.syspath_prepend(site)
+        return module
+
+    yield install
+    for path in tmp_path.iterdir():
+        sys.modules.pop(path.name.replace("-", "_"), None)
+
+
+def installed():
+    return Registry(entry_points(group="lct"))
+
+
+def plugin(*, backbones=(), kernels=()):
+    class Plugin:
+        @hookimpl
+        def lct_backbones(self):
+            return list(backbones)
+
+        @hookimpl
+        def lct_kernels(self):
+            return list(kernels)
+
+    return Plugin()
+
+
+def kernel(name="mine", *, rank=None, run=sdpa):
+    return KernelSpec(name=name, summary="", load=lambda: run, refusals=lambda request: [], rank=rank)
+
+
+def backbone(name, *classes, adapter="builtins:id", build=None):
+    handles = tuple(f"{cls.__module__}.{cls.__qualname__}" for cls in classes)
+    return BackboneSpec(name=name, summary="", handles=handles, adapter=adapter, build=build)
+
+
+# a good plugin
+
+
+def test_a_plugin_is_found_by_its_entry_point_beside_those_of_the_library(install, monkeypatch):
+    before = installed()
+    module = install("lct-toy", GOOD)
+    registry = installed()
+    assert set(registry.backbones) == {*before.backbones, "toy"}
+    assert set(registry.kernels) == {*before.kernels, "zeros"}
+    assert {"mmdit", "toy"} <= set(registry.backbones)
+    assert {"sdpa", "reference", "flex", "zeros"} <= set(registry.kernels)
+
+    q = torch.ones(1, PLAN.queries, 2, 8)
+    monkeypatch.setattr(attention, "registry", lambda: registry)
+    assert (attend(q, q, q, PLAN, kernel="zeros") == 0).all()
+    assert (attend(q, q, q, PLAN, kernel="auto") == 1).all()  # one without a rank has to be asked for
+
+    model = registry.build("toy", width=3)
+    assert (type(model), model.width) == (sys.modules[module].Model, 3)
+    adapter = registry.adapter(model)
+    assert type(adapter) is sys.modules[module].Adapter
+    assert adapter.model is model
+
+
+def test_the_names_are_in_order():
+    registry = Registry()
+    registry.register(plugin(backbones=[backbone("b"), backbone("a")]), name="one")
+    ranked = [kernel("z"), kernel("late", rank=200), kernel("first", rank=0), kernel("second", rank=1), kernel("b")]
+    registry.register(plugin(kernels=ranked), name="two")
+    assert list(registry.backbones) == ["a", "b"]
+    assert list(registry.kernels) == ["first", "second", "sdpa", "late", "b", "reference", "z"]
+
+
+def test_a_spec_is_light_until_it_is_used():
+    registry = Registry()
+    registry.register(
+        plugin(backbones=[backbone("heavy", torch.nn.Linear, adapter="no_such_library:Adapter")]), name="x"
+    )
+    assert list(registry.backbones) == ["heavy"]
+    with pytest.raises(ModuleNotFoundError, match="no_such_library"):
+        registry.adapter(torch.nn.Linear(1, 1))
+
+
+def test_a_kernel_is_loaded_once_and_again_only_when_a_plugin_comes():
+    loaded = []
+
+    def load():
+        loaded.append(1)
+        return sdpa
+
+    registry = Registry()
+    spec = KernelSpec(name="mine", summary="", load=load, refusals=lambda request: [])
+    registry.register(plugin(kernels=[spec]), name="mine")
+    assert not loaded
+    assert registry.kernel("mine", REQUEST) is registry.kernel("mine", REQUEST) is sdpa
+    assert len(loaded) == 1
+    registry.register(plugin(kernels=[kernel("first", rank=0, run=max)]), name="other")
+    registry.kernel("mine", REQUEST)
+    assert len(loaded) == 2
+
+
+def test_a_new_plugin_is_heard_by_auto():
+    registry = Registry()
+    assert registry.kernel("auto", REQUEST) is sdpa
+    registry.register(plugin(kernels=[kernel("first", rank=0, run=max)]), name="other")
+    assert registry.kernel("auto", REQUEST) is max
+
+
+# a bad plugin
+
+
+BAD = {
+    "a crashing import": ("1 / 0", r"plugin 'lct_bad' \(lct_bad of lct-bad 1\.2\) cannot be loaded: ZeroDivisionError"),
+    "a missing library": ("import no_such_library", r"cannot be loaded: ModuleNotFoundError: No module named 'no_such"),
+    "a misspelt hook": (
+        KERNEL + "    @hookimpl\n    def lct_kernel():\n        return []",
+        r"plugin 'lct_bad' of lct-bad 1\.2: PluginValidationError: .*lct_kernel.*"
+        r"the hooks there are: \['lct_backbones', 'lct_kernels'\]",
+    ),
+    "a hook that takes arguments": (
+        KERNEL + "    @hookimpl\n    def lct_kernels(device):\n        return []",
+        r"plugin 'lct_bad' of lct-bad 1\.2: PluginValidationError: .*device",
+    ),
+    "a crashing hook": (
+        KERNEL + "    @hookimpl\n    def lct_kernels():\n        raise RuntimeError('no driver')",
+        r"plugin 'lct_bad' of lct-bad 1\.2: RuntimeError: no driver",
+    ),
+    "a hook that returns nothing": (
+        KERNEL + "    @hookimpl\n    def lct_kernels():\n        kernel('x')",
+        r"plugin 'lct_bad' of lct-bad 1\.2: TypeError: 'NoneType' object is not iterable",
+    ),
+    "another type": (
+        KERNEL + "    @hookimpl\n    def lct_kernels():\n        return [{'name': 'x'}]",
+        r"plugin 'lct_bad' announces \{'name': 'x'\} as a kernel, expected a KernelSpec",
+    ),
+    "a kernel as a backbone": (
+        KERNEL + "    @hookimpl\n    def lct_backbones():\n        return [kernel('x')]",
+        r"plugin 'lct_bad' announces KernelSpec\(name='x'.* as a backbone, expected a BackboneSpec",
+    ),
+    "a kernel's name that is taken": (
+        KERNEL + "    @hookimpl\n    def lct_kernels():\n        return [kernel('sdpa')]",
+        r"kernel 'sdpa' is announced by plugins \['lct_bad', 'lct_core'\], but a name must be unique",
+    ),
+    "a name twice in one plugin": (
+        KERNEL + "    @hookimpl\n    def lct_kernels():\n        return [kernel('x'), kernel('x')]",
+        r"kernel 'x' is announced by plugins \['lct_bad', 'lct_bad'\], .* there are: \[.*'sdpa', 'x'\]",
+    ),
+    "the name auto": (
+        KERNEL + "    @hookimpl\n    def lct_kernels():\n        return [kernel('auto')]",
+        r"kernel 'auto' is announced by plugins \['lct_bad'\], but a name must be unique and not \"auto\"",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_plugin_is_named(case, install):
+    code, message = BAD[case]
+    install("lct-bad", code)
+    with pytest.raises(PluginError, match=rf"(?s)^{message}" if message.startswith(("plugin", "kernel")) else message):
+        installed()
+
+
+def test_an_error_says_what_is_loaded_already(install):
+    install("lct-bad", "1 / 0")
+    entries = sorted(entry_points(group="lct"), key=lambda entry: entry.name == "lct_bad")
+    with pytest.raises(PluginError, match=r"Loaded: \['lct_backbones', 'lct_core', 'lct_plugins'\]$") as caught:
+        Registry(entries)
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
+
+
+@pytest.mark.parametrize("value", ["no_such_module", "lct_toy:NoSuchPlugin"])
+def test_an_entry_point_that_leads_nowhere(value, install):
+    install("lct-toy", GOOD, value=value)
+    with pytest.raises(PluginError, match=rf"^plugin 'lct_toy' \({value} of lct-toy 1\.2\) cannot be loaded: "):
+        installed()
+
+
+def test_two_distributions_that_take_one_name(install):
+    install("lct-toy", GOOD)
+    install("lct-other", GOOD)
+    names = r"\['lct_other', 'lct_toy'\]"
+    with pytest.raises(
+        PluginError, match=rf"^backbone 'toy' is announced by plugins {names}, but a name must be unique"
+    ):
+        installed()
+
+
+def test_two_distributions_with_one_entry_point_name(install):
+    install("lct-toy", GOOD, entry="same")
+    install("lct-other", KERNEL, entry="same")
+    with pytest.raises(
+        PluginError, match=r"^plugin 'same' of lct-(toy|other) 1\.2 is registered twice; loaded: \[.*'same'"
+    ):
+        installed()
+
+
+@pytest.mark.parametrize("kernels", [[kernel("sdpa")], [kernel("auto")], [None], None])
+def test_a_refused_plugin_leaves_the_registry_as_it_was(kernels):
+    class Bad:
+        @hookimpl
+        def lct_backbones(self):
+            return [backbone("half")]
+
+        @hookimpl
+        def lct_kernels(self):
+            return kernels
+
+    registry = Registry()
+    registry.register(plugin(backbones=[backbone("before")]), name="before")
+    kernels_before = registry.kernels
+    for _ in range(2):
+        with pytest.raises(PluginError):
+            registry.register(Bad(), name="bad")
+        assert registry.kernels == kernels_before
+        assert list(registry.backbones) == ["before"]
+    registry.register(plugin(kernels=[kernel("good")]), name="bad")  # the name is free again
+    assert "good" in registry.kernels
+
+
+def test_a_misspelt_hook_does_not_stand_in_the_way_of_later_plugins():
+    class Misspelt:
+        @hookimpl
+        def lct_kernal(self):
+            return []
+
+    registry = Registry()
+    with pytest.raises(PluginError, match="lct_kernal"):
+        registry.register(Misspelt(), name="bad")
+    registry.register(plugin(kernels=[kernel("good")]), name="good")
+    assert "good" in registry.kernels
+
+
+def test_one_plugin_under_two_names():
+    registry, one = Registry(), plugin(kernels=[kernel("good")])
+    registry.register(one, name="one")
+    with pytest.raises(PluginError, match=r"^plugin 'two': ValueError: Plugin"):
+        registry.register(one, name="two")
+    assert "good" in registry.kernels
+
+
+# which backbone
+
+
+class Base(torch.nn.Module):
+    pass
+
+
+class Derived(Base):
+    pass
+
+
+class MostDerived(Derived):
+    pass
+
+
+def adapted(model):
+    return ("adapted", type(model).__name__)
+
+
+def derived_adapted(model):
+    return ("derived", type(model).__name__)
+
+
+HERE = f"{__name__}:"
+
+
+def test_the_most_derived_class_that_is_handled_decides():
+    registry = Registry()
+    families = [
+        backbone("base", Base, adapter=f"{HERE}adapted"),
+        backbone("derived", Derived, adapter=f"{HERE}derived_adapted"),
+    ]
+    registry.register(plugin(backbones=families), name="test")
+    assert registry.adapter(Base()) == ("adapted", "Base")
+    assert registry.adapter(Derived()) == ("derived", "Derived")
+    assert registry.adapter(MostDerived()) == ("derived", "MostDerived")
+    assert registry.adapter(MostDerived(), "base") == ("adapted", "MostDerived")
+    assert registry.adapter(torch.nn.Identity(), "base") == ("adapted", "Identity")  # by name: whatever the class
+
+
+def test_two_backbones_for_one_class_must_be_told_apart_by_name():
+    registry = Registry()
+    families = [
+        backbone("one", Base, Derived, adapter=f"{HERE}adapted"),
+        backbone("two", Base, adapter=f"{HERE}derived_adapted"),
+    ]
+    registry.register(plugin(backbones=families), name="test")
+    with pytest.raises(ValueError, match=rf"^model: {__name__}.Base is handled by \['one', 'two'\]; choose one with"):
+        registry.adapter(Base())
+    assert registry.adapter(Derived()) == ("adapted", "Derived")
+    assert registry.adapter(Base(), "two") == ("derived", "Base")
+
+
+def test_a_model_that_nobody_handles():
+    registry = Registry()
+    registry.register(plugin(backbones=[backbone("one", Derived), backbone("two", MostDerived)]), name="test")
+    expected = (
+        rf"^model: no backbone handles {__name__}\.Base; there are:\n"
+        rf"  one: {__name__}\.Derived\n  two: {__name__}\.MostDerived\nwrite an adapter"
+    )
+    with pytest.raises(ValueError, match=expected):
+        registry.adapter(Base())
+
+
+def test_unknown_names():
+    registry = Registry()
+    registry.register(plugin(backbones=[backbone("one", Base), backbone("two", build=f"{HERE}Derived")]), name="test")
+    for call in (lambda: registry.adapter(Base(), "three"), lambda: registry.build("three")):
+        with pytest.raises(ValueError, match=r"^backbone: got 'three', expected one of \['one', 'two'\]"):
+            call()
+    with pytest.raises(ValueError, match=r"^name: backbone 'one' adapts models but cannot make one"):
+        registry.build("one")
+    assert type(registry.build("two")) is Derived
+
+
+# what is imported
+
+
+def in_a_new_process(code, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", dedent(code)], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_listing_imports_no_model_library_and_no_kernel(tmp_path):
+    code = """
+        import json, sys
+        import lct_core as lct
+        before = set(sys.modules)
+        names = list(lct.registry().backbones), list(lct.registry().kernels)
+        print(json.dumps([names, sorted(sys.modules.keys() - before), sorted(sys.modules)]))
+    """
+    (backbones, kernels), new, loaded = in_a_new_process(code, tmp_path)
+    assert "mmdit" in backbones
+    assert {"sdpa", "reference", "flex"} <= set(kernels)
+    for library in (
+        "diffusers",
+        "timm",
+        "transformers",
+        "triton",
+        "xformers",
+        "flash_attn",
+        "matplotlib",
+        "hypothesis",
+    ):
+        assert library not in loaded
+    assert "lct_backbones.mmdit" not in loaded
+    assert "torch.nn.attention.flex_attention" not in loaded
+    third_party = {name.partition(".")[0] for name in new} - set(sys.stdlib_module_names)
+    assert third_party == {"lct_backbones", "lct_plugins"}
+
+
+def test_importing_the_library_loads_torch_einops_pluggy_and_jaxtyping_only(tmp_path):
+    code = """
+        import json, sys
+        import torch, einops, pluggy, jaxtyping
+        before = set(sys.modules)
+        import lct_core
+        print(json.dumps(sorted(sys.modules.keys() - before)))
+    """
+    new = in_a_new_process(code, tmp_path)
+    assert {name.partition(".")[0] for name in new} - set(sys.stdlib_module_names) == {"lct_core"}
+    for optional in ("testing", "demo", "data", "cli", "training"):
+        assert f"lct_core.{optional}" not in new
+
+
+def test_importing_the_library_changes_no_global_state(tmp_path):
+    code = """
+        import json, os, sys, warnings
+        import torch, einops, pluggy, jaxtyping
+
+        def state():
+            flags = torch.get_default_dtype(), torch.get_default_device(), torch.get_float32_matmul_precision()
+            switches = torch.is_grad_enabled(), torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
+            backends = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.benchmark
+            python = dict(os.environ), os.listdir(), len(warnings.filters), sys.path
+            return [*map(str, flags), switches, backends, torch.get_rng_state().tolist(), python]
+
+        before = json.dumps(state())
+        torch.manual_seed(5)
+        changes = json.dumps(state()) != before
+        before = json.dumps(state())
+        import lct_core
+        print(json.dumps([changes, json.dumps(state()) == before]))
+    """
+    assert in_a_new_process(code, tmp_path) == [True, True]

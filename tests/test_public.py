@@ -1,0 +1,122 @@
+import inspect
+from types import ModuleType
+
+import pytest
+import torch
+
+import lct_core as lct
+from lct_core.testing.tolerances import BOUNDS, error
+
+PUBLIC = [
+    "QKV",
+    "AttentionPlan",
+    "Backbone",
+    "BackboneSpec",
+    "CachedShot",
+    "KVCache",
+    "KernelRequest",
+    "KernelSpec",
+    "Layout",
+    "Path",
+    "PluginError",
+    "Range",
+    "RectifiedFlow",
+    "Registry",
+    "Rotation",
+    "SceneModel",
+    "Segment",
+    "Shot",
+    "ShotInput",
+    "Site",
+    "State",
+    "Traits",
+    "Varlen",
+    "angles",
+    "attend",
+    "axis_frequencies",
+    "bidirectional",
+    "condition_levels",
+    "context_causal",
+    "coordinates",
+    "hookimpl",
+    "joint_levels",
+    "move",
+    "own_and_global_text",
+    "own_shot",
+    "own_text",
+    "pack",
+    "plan_rows",
+    "registry",
+    "retrofit",
+    "rotate",
+    "rotation",
+    "sample_levels",
+    "sample_shot_run",
+    "scene_loss",
+    "selected_history",
+    "shot_noise",
+    "substitute_single_frames",
+    "tuning_loss",
+    "unpack",
+]
+
+
+def test_the_public_surface_is_frozen():
+    assert lct.__all__ == PUBLIC
+
+
+def test_nothing_else_looks_public():
+    others = {name for name in vars(lct) if not name.startswith("_")} - set(PUBLIC)
+    assert all(isinstance(getattr(lct, name), ModuleType) for name in others)
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_every_name_resolves_and_says_what_it_means(name):
+    thing = getattr(lct, name)
+    doc = inspect.getdoc(thing)
+    assert doc
+    assert not doc.startswith(f"{name}(")  # what dataclasses and named tuples say by themselves
+    if inspect.isclass(thing):
+        assert thing.__module__.startswith("lct_core.")
+        for method, member in vars(thing).items():
+            if not method.startswith("_") and (inspect.isfunction(member) or isinstance(member, property)):
+                assert inspect.getdoc(getattr(thing, method)), f"{name}.{method}"
+
+
+def test_a_star_import_brings_the_public_names():
+    space = {}
+    exec("from lct_core import *", space)
+    assert set(space) - {"__builtins__"} == set(PUBLIC)
+
+
+def test_the_pieces_one_by_one():
+    shot = lct.Shot(text=12, grid=(4, 6, 6))
+    layout = lct.Layout([[shot, shot], [shot]])
+    assert layout.tokens == 3 * (12 + 4 * 6 * 6)
+    assert layout.num_shots == 3
+
+    where = lct.coordinates(layout, scheme="paper")
+    assert where.shape == (layout.tokens, 3)
+    assert torch.equal(where[: shot.tokens], where[2 * shot.tokens :])  # the second scene starts at 0 again
+
+    plan = lct.context_causal(layout)
+    assert plan.dense().shape == (layout.tokens, layout.tokens)
+    assert (
+        plan.pairs == plan.dense().sum() == 4 * shot.tokens**2
+    )  # the first shot sees one, the second two, the third one
+
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, layout.tokens, 2, 16, generator=generator) for _ in range(3))
+    out = lct.attend(q, k, v, plan, kernel="auto", scale=None)
+    truth = lct.attend(q.double(), k.double(), v.double(), plan, kernel="reference", scale=16**-0.5)
+    assert error(out, truth) <= BOUNDS[torch.float32]["kernel"].given(0.0)
+
+
+def test_from_coordinates_to_rotated_queries():
+    layout = lct.Layout([[lct.Shot(text=3, grid=(1, 2, 2))]])
+    frequencies = lct.axis_frequencies((4, 6, 6))
+    by = lct.rotation(lct.angles(lct.coordinates(layout), frequencies), pairing="interleaved")
+    q = torch.randn(1, layout.tokens, 2, 16, generator=torch.Generator().manual_seed(0))
+    turned = lct.rotate(q, by)
+    assert torch.equal(turned[:, 0], q[:, 0])  # the first token stands at the origin
+    assert not torch.equal(turned[:, 1:], q[:, 1:])
