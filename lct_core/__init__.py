@@ -1,6 +1,6 @@
 """Long Context Tuning: the pieces that make a scene model of a single-shot video diffusion transformer.
 
-``retrofit`` a model, or use the pieces one by one: a ``Layout`` says which token belongs to which shot; ``coordinates``,
+``retrofit`` a model, or use the pieces one by one: a ``Layout`` says which token belongs to which shot; coordinates,
 attention plans (``bidirectional``, ``context_causal``, ...) and packing all derive from it.
 """
 

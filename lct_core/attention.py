@@ -1,4 +1,4 @@
-"""Attention over a plan: validation, the readable reference that is its definition, and the kernel that runs everywhere."""
+"""Attention over a plan: validation, the readable reference that defines it, and the kernel that runs everywhere."""
 
 from collections.abc import Sequence
 from typing import Any

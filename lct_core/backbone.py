@@ -1,7 +1,7 @@
 """What an adapter tells the engine about a single-shot DiT, and the specs that a plugin announces.
 
-An adapter splits every block, per shot, around its attention: :meth:`Backbone.qkv` before, :meth:`Backbone.finish` after.
-Everything between belongs to the engine (:mod:`lct_core.scene_model`): coordinates, rotation, joining, plan and cache.
+An adapter splits every block, per shot, around its attention: :meth:`Backbone.qkv` before it, :meth:`Backbone.finish`
+after. Everything between is the engine's (:mod:`lct_core.scene_model`): coordinates, rotation, joining, plan and cache.
 """
 
 from abc import ABC, abstractmethod
@@ -135,7 +135,7 @@ class Backbone(ABC):
         """The transformer blocks, in order; each is called through its ``__call__``, so hooks fire."""
 
     @abstractmethod
-    def encode(self, inputs: ShotInput, timestep: Float[Tensor, "batch"]) -> State:
+    def encode(self, inputs: ShotInput, timestep: Float[Tensor, " batch"]) -> State:
         """Embed one shot: latents to video tokens, text to text tokens, the model's own timestep to modulation."""
 
     @abstractmethod
@@ -158,7 +158,7 @@ class Backbone(ABC):
         """The head's tokens as a prediction in the shape of the latents."""
 
     @abstractmethod
-    def single_shot(self, inputs: ShotInput, timestep: Float[Tensor, "batch"]) -> Tensor:
+    def single_shot(self, inputs: ShotInput, timestep: Float[Tensor, " batch"]) -> Tensor:
         """The model's own, untouched forward on one shot: what a one-shot scene must equal."""
 
     def sites(self, block: nn.Module) -> Sequence[Site]:

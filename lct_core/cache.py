@@ -168,7 +168,7 @@ class KVCache:
         were written are kept until it is back there.
 
         Args:
-            origins: For every selected shot, where on the diagonal it is to start (default: one after the other from 0).
+            origins: For every selected shot, where on the diagonal it is to start (default: end to end from 0).
 
         Raises:
             ValueError: for the wrong number of origins.

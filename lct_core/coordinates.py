@@ -16,8 +16,8 @@ def coordinates(layout: Layout, *, scheme: Scheme = "paper") -> Int[Tensor, "tok
 
     A scene's shots follow one another along the space diagonal, and every scene starts at 0.
 
-    - ``"paper"`` (default): text token ``i`` of a shot at ``(o+i, o+i, o+i)``, video token ``(t, y, x)`` after the text's
-      end at ``(o+L+t, o+L+y, o+L+x)``, the next shot at ``o + L + max(T, H, W)`` (the max is ours, after M-RoPE).
+    - ``"paper"`` (default): text token ``i`` of a shot at ``(o+i, o+i, o+i)``, video token ``(t, y, x)`` after the end
+      of the text at ``(o+L+t, o+L+y, o+L+x)``, the next shot at ``o + L + max(T, H, W)`` (the max: ours, after M-RoPE).
     - ``"anchored"`` (ours): text at its shot's origin, video at ``(o+t, o+y, o+x)``, the next shot at
       ``o + max(T, H, W)``: the base model's own coordinates, each shot moved as one body.
 

@@ -1,7 +1,7 @@
 """Attention patterns, as plans of ranges, and the forms in which kernels take them.
 
-A pattern says which shots a shot sees. All of LCT's patterns are unions of rectangles: some consecutive queries, and the
-ranges of keys that all of them see. So a plan costs per shot, never per token, and no kernel needs a dense mask.
+A pattern says which shots a shot sees. All of LCT's patterns are unions of rectangles: some consecutive queries, and
+the ranges of keys that all of them see. So a plan costs per shot, never per token, and no kernel needs a dense mask.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -43,12 +43,12 @@ class Varlen(NamedTuple):
     ``key_index``, which lists the keys to gather, and the sequences lie end to end.
     """
 
-    cu_seqlens_q: Int[Tensor, "sequences+1"]
-    cu_seqlens_k: Int[Tensor, "sequences+1"]
-    seqused_k: Int[Tensor, "sequences"]
+    cu_seqlens_q: Int[Tensor, " sequences+1"]
+    cu_seqlens_k: Int[Tensor, " sequences+1"]
+    seqused_k: Int[Tensor, " sequences"]
     max_seqlen_q: int
     max_seqlen_k: int
-    key_index: Int[Tensor, "gathered"] | None
+    key_index: Int[Tensor, " gathered"] | None
 
 
 @dataclass(frozen=True)

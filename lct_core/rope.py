@@ -45,7 +45,7 @@ def axis_frequencies(dims: Sequence[int], *, theta: float = 10_000.0) -> Float[T
 def angles(
     coords: Shaped[Tensor, "tokens axes"], frequencies: Float[Tensor, "axes pairs"]
 ) -> Float[Tensor, "tokens 1 pairs"]:
-    """The angle, in radians, by which every pair of channels of every token is turned; float64, the same for all heads."""
+    """The angle, in radians, by which each pair of channels of each token is turned; float64, one for all heads."""
     return (coords.double() @ frequencies.double().to(coords.device))[:, None]
 
 

@@ -36,7 +36,7 @@ def retrofit(
     The model keeps its weights, its ``state_dict`` keys and its own forward: called as before, it does as before.
 
     Args:
-        model: A model that an installed backbone handles (``lct backbones`` lists them), or the one inside ``backbone``.
+        model: A model that an installed backbone handles (``lct backbones`` lists them), or that of ``backbone``.
         scheme: ``"anchored"`` (default: ours; exact for one shot) or ``"paper"``, see :func:`lct_core.coordinates`.
         kernel: Attention kernel, see :func:`lct_core.attend`.
         gradient_checkpointing: Whether training recomputes every block's activations in the backward pass.
@@ -68,8 +68,8 @@ class SceneModel:
                 module.forward = _Dispatch(module)
             elif not isinstance(unwrap(own), _Dispatch):
                 raise ValueError(
-                    f"model: this {type(module).__name__}'s forward was replaced on the instance, by an offloading hook "
-                    "for example, and would be lost; retrofit first, add such hooks afterwards"
+                    f"model: this {type(module).__name__}'s forward was replaced on the instance, by an offloading "
+                    "hook for example, and would be lost; retrofit first, add such hooks afterwards"
                 )
 
     @property
@@ -339,9 +339,14 @@ def as_scenes(shots: Scene | Sequence[Scene]) -> tuple[list[Scene], bool]:
     if isinstance(shots, Sequence) and len(shots) > 0 and all(map(is_scene, shots)):
         return list(cast(Sequence[Scene], shots)), True
     raise ValueError(
-        f"shots: got {shots!r}, expected one scene, a sequence of ShotInput, or a sequence of such scenes; "
+        f"shots: got {_kinds(shots)}, expected one scene, a sequence of ShotInput, or a sequence of such scenes; "
         "none of them empty"
     )
+
+
+def _kinds(shots: object) -> str:
+    """What was given, by types alone: latents are too large for a message."""
+    return f"[{', '.join(map(_kinds, shots))}]" if isinstance(shots, list | tuple) else type(shots).__name__
 
 
 def noise_levels(t: Tensor, roles: Sequence[Role], batch: int) -> Float[Tensor, "batch num_shots"]:

@@ -8,11 +8,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from lct_backbones.mmdit import MMDiT, MMDiTBackbone, tiny
 from torch import nn
 from torch.nn import functional as F
 
 import lct_core as lct
+from lct_backbones.mmdit import MMDiT, MMDiTBackbone, tiny
 from lct_core import QKV, Backbone, KVCache, Layout, Shot, ShotInput, Site, State, Traits, retrofit
 from lct_core.testing.conformance import conformance
 from lct_core.testing.definition import definition
@@ -837,7 +837,7 @@ def test_autocast_leaves_float64_alone():
         (out,) = make(adapter)([shot], torch.tensor([0.5], dtype=torch.float64))
         expected = base.single_shot(shot, torch.tensor([0.5], dtype=torch.float64))
     assert out.dtype == torch.float64
-    assert torch.equal(out, expected)
+    assert error(out, expected) <= FLOAT32["definition"].absolute  # in bfloat16 it would be a thousand times that
 
 
 @ADAPTERS
@@ -907,9 +907,9 @@ def given_shot(channels=4, size=(1, 2, 2), text=(1, 3, 16), **options):
     [
         ([], [0.5], r"^shots: got \[\], expected one scene"),
         ([[]], [0.5], r"^shots: got \[\[\]\], expected one scene"),
-        ([[given_shot()], []], [0.5], r"^shots: got .*none of them empty"),
-        ([given_shot(), [given_shot()]], [0.5, 0.5], r"^shots: got .*expected one scene, a sequence of ShotInput"),
-        (torch.zeros(1, 4, 1, 2, 2), [0.5], r"^shots: got .*expected one scene, a sequence of ShotInput"),
+        ([[given_shot()], []], [0.5], r"^shots: got \[\[ShotInput\], \[\]\], .*none of them empty"),
+        ([given_shot(), [given_shot()]], [0.5, 0.5], r"^shots: got \[ShotInput, \[ShotInput\]\], expected one scene"),
+        (torch.zeros(1, 4, 1, 2, 2), [0.5], r"^shots: got Tensor, expected one scene, a sequence of ShotInput"),
         (
             [given_shot(channels=5)],
             [0.5],

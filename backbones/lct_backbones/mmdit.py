@@ -1,8 +1,8 @@
-"""The paper's own architecture: a single-shot video MMDiT (paper, 3.1; Esser et al., arXiv 2403.03206), and its adapter.
+"""The paper's own architecture, a single-shot video MMDiT (paper, 3.1; Esser et al., arXiv 2403.03206), and its adapter.
 
-Text and video have weights of their own in every block and meet in one joint self-attention, text first. Queries and keys
-are RMS-normed, 3D RoPE turns those of the video, and the noise level modulates both streams (AdaLN-zero). The model is an
-ordinary single-shot DiT: it knows nothing of scenes.
+Text and video have weights of their own in every block and meet in one joint self-attention, text first. Queries and
+keys are RMS-normed, 3D RoPE turns those of the video, and the noise level modulates both streams (AdaLN-zero). The model
+is an ordinary single-shot DiT: it knows nothing of scenes.
 """
 
 from collections.abc import Sequence
@@ -66,7 +66,7 @@ class MMDiT(nn.Module):
     def forward(
         self,
         latents: Float[Tensor, "batch channels frames height width"],
-        timestep: Float[Tensor, "batch"],
+        timestep: Float[Tensor, " batch"],
         text: Float[Tensor, "batch tokens text_width"],
     ) -> Float[Tensor, "batch channels frames height width"]:
         """The velocity of one shot (Eq. 1) at a timestep between 0, clean, and 1000, noise."""
@@ -184,7 +184,7 @@ class Stream(nn.Module):
 
 
 def tiny() -> MMDiT:
-    """A model of some 200,000 weights, none of them zero: for tests and ``lct conformance lct_backbones.mmdit:tiny``."""
+    """A model of 245K weights, none of them zero: for tests and ``lct conformance lct_backbones.mmdit:tiny``."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = MMDiT(channels=4, text_width=16, width=48, depth=3, heads=2)

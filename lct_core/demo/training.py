@@ -42,8 +42,8 @@ def optimise(
 ) -> list[float]:
     """AdamW with the paper's betas and weight decay, warm-up and cosine decay; the weights end as their moving average.
 
-    The average's decay, 0.996, is the paper's (A.1), so are betas (0.9, 0.95) and weight decay 0.1; warm-up and gradient
-    clipping to 1 are ours.
+    The average's decay, 0.996, is the paper's (A.1), so are betas (0.9, 0.95) and weight decay 0.1; warm-up and
+    gradient clipping to 1 are ours.
 
     Args:
         model: What is trained, in place.
