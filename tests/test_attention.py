@@ -164,6 +164,17 @@ def test_flex_conforms_on_a_cpu(monkeypatch):
         assert finding.holds, finding
 
 
+def test_flex_takes_another_shape_and_scale_on_a_cpu():
+    # torch's own dynamic shapes do not compile there: another shape must be another compilation
+    for text in (0, 1):
+        plan = context_causal(Layout([[Shot(3, (1, 5, 6)), Shot(text, (2, 7, 8))]]))
+        q, k, v = draw(plan, 2, 2, 16)
+        truth = attend(q.double(), k.double(), v.double(), plan, kernel="reference", scale=0.7)
+        assert error(attend(q, k, v, plan, kernel="flex", scale=0.7), truth) <= BOUNDS[torch.float32]["kernel"].given(
+            0.0
+        )
+
+
 def test_flex_beyond_the_shapes_that_torch_compiles_raises_and_does_not_run_uncompiled():
     q, k, v = draw(GAPS, head_dim=48)
     with (
@@ -485,11 +496,14 @@ def test_a_kernel_is_told_what_it_must_serve_and_asked_once_for_each_kind(monkey
     assert asked == [KernelRequest(GAPS, torch.device("cpu"), torch.bfloat16, 4, 2, 8, False)]
     for i in range(3):
         mixed = [x.detach().requires_grad_(i == j) for j, x in enumerate(tensors)]
-        attend(*mixed, GAPS, kernel="mine")
-        assert asked[-1].grad
+        plan = bidirectional(Layout([[Shot(0, (1, 5, 11 * (i + 1)))]]))
+        mixed = [x.repeat(1, i + 1, 1, 1) for x in mixed]
         with torch.no_grad():
-            attend(*mixed, GAPS, kernel="mine")
-    assert [request.grad for request in asked] == [False, True]
+            attend(*mixed, plan, kernel="mine")
+        assert not asked[-1].grad
+        attend(*mixed, plan, kernel="mine")
+        assert asked[-1].grad
+    assert [request.grad for request in asked] == [False] + [False, True] * 3
     attend(*tensors, own_shot(SCENE), kernel="mine")
     assert asked[-1].plan == own_shot(SCENE)
 

@@ -1,8 +1,8 @@
-"""The paper's own architecture, a single-shot video MMDiT (paper, 3.1; Esser et al., arXiv 2403.03206), and its adapter.
+"""The paper's own architecture, a single-shot video MMDiT (paper, 3.1; Esser et al., arXiv 2403.03206); its adapter.
 
 Text and video have weights of their own in every block and meet in one joint self-attention, text first. Queries and
-keys are RMS-normed, 3D RoPE turns those of the video, and the noise level modulates both streams (AdaLN-zero). The model
-is an ordinary single-shot DiT: it knows nothing of scenes.
+keys are RMS-normed, 3D RoPE turns those of the video, and the noise level modulates both streams (AdaLN-zero). The
+model is an ordinary single-shot DiT: it knows nothing of scenes.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from lct_core import QKV, Backbone, Shot, ShotInput, Site, State, Traits
 from lct_core.rope import Rotation, angles, axis_frequencies, rotate, rotation
 
-#: The size of the paper's model (4, "Training Details": 3B parameters); how it is divided is ours.
+#: The size of the paper's model (4, "Training Details": 3B parameters; here 2.98B); its division is ours.
 PAPER_3B = {"channels": 16, "text_width": 4096, "width": 2048, "depth": 20, "heads": 16}
 
 
@@ -154,9 +154,10 @@ class Stream(nn.Module):
         self.heads, self.read_only = heads, read_only
         self.modulation = nn.Linear(width, (2 if read_only else 6) * width)
         self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-        self.to_qkv = nn.Linear(width, 3 * width)
-        self.norm_q, self.norm_k = RmsNorm(width // heads), RmsNorm(width // heads)
+        self.to_qkv = nn.Linear(width, (2 if read_only else 3) * width)
+        self.norm_k = RmsNorm(width // heads)
         if not read_only:
+            self.norm_q = RmsNorm(width // heads)
             self.proj = nn.Linear(width, width)
             self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
             self.mlp = Mlp(width, hidden_features=int(width * mlp_ratio), act_layer=nn.GELU)
@@ -165,14 +166,17 @@ class Stream(nn.Module):
         """Normed queries and keys, values, and the modulation that :meth:`finish` needs again."""
         modulation = self.modulation(condition)
         shift, scale = modulation.chunk(2 if self.read_only else 6, dim=-1)[:2]
-        q, k, v = rearrange(
+        *q, k, v = rearrange(
             self.to_qkv(_modulate(self.norm1(x), shift, scale)),
-            "b s (three h d) -> three b s h d",
-            three=3,
+            "b s (n h d) -> n b s h d",
+            n=2 if self.read_only else 3,
             h=self.heads,
         )
-        exact = self.norm_q.weight.dtype  # under autocast, the norms run in the weights' precision
-        return self.norm_q(q.to(exact)), self.norm_k(k.to(exact)), v, modulation
+        exact = self.norm_k.weight.dtype  # under autocast, the norms run in the weights' precision
+        k = self.norm_k(k.to(exact))
+        if self.read_only:
+            return k, k, v, modulation  # nobody reads what its queries see, so it needs none of its own
+        return self.norm_q(q[0].to(exact)), k, v, modulation
 
     def finish(self, x: Tensor, attended: Tensor, modulation: Tensor) -> Tensor:
         """Output projection and MLP, gated by the noise level."""
@@ -184,7 +188,7 @@ class Stream(nn.Module):
 
 
 def tiny() -> MMDiT:
-    """A model of 245K weights, none of them zero: for tests and ``lct conformance lct_backbones.mmdit:tiny``."""
+    """A model of 242K weights, none of them zero: for tests and ``lct conformance lct_backbones.mmdit:tiny``."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = MMDiT(channels=4, text_width=16, width=48, depth=3, heads=2)

@@ -23,7 +23,8 @@ def command(out: Path, data: Path | None, seed: int) -> None:
     """Train, retrofit, tune and generate, in minutes on two cores.
 
     Writes scenes of a small world as MP4 files, reads them back, trains a single-shot MMDiT on them, retrofits and
-    tunes it, and generates scenes never seen in training: independently, jointly, and shot by shot through the KV cache.
+    tunes it, and generates scenes never seen in training: independently, jointly, and shot after shot through the KV
+    cache.
 
     \b
     Example:

@@ -276,6 +276,11 @@ class _Case:
         for parameter in self.adapter.model.parameters():
             parameter.mul_(1.25)
         changed = self.model(shots, t)
+        if self.scheme == "anchored":
+            alone = [self.model([shot], t[:, i : i + 1])[0] for i, shot in enumerate(shots)]
+            own = self._own_error("bidirectional") if self.dtype != torch.float32 else 0.0
+            base = self._single_shots(self.adapter)
+            yield self._finding(8, "weights that change are the weights that run", "one shot", alone, base, own=own)
         for name, twin in zip(("a deep copy", "a pickle round trip"), copies, strict=True):
             yield self._finding(8, f"{name} runs its own weights", "copies", twin(shots, t), expected)
             twin.backbone.load_state_dict(self.adapter.model.state_dict())
