@@ -109,13 +109,6 @@ class Layout:
                         "a scene has at most one global shot, and it comes first"
                     )
 
-    def __hash__(self) -> int:
-        return self._hash
-
-    @cached_property
-    def _hash(self) -> int:
-        return hash((self.scenes, self.text_first))
-
     @cached_property
     def shots(self) -> tuple[Shot, ...]:
         """Every shot in row order, global shots included."""

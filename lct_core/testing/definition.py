@@ -87,7 +87,7 @@ def _turns(
             else:
                 own = adapter.coordinates(given, shot)
                 coords = own + origin * unit
-                origin += 1 + int(torch.ceil((own / unit).max()))
+                origin += 1 + int(torch.ceil((own / unit).max() - 1e-3))  # coordinates are rounded
             angles.append(adapter.rope(coords))
     return angles
 
