@@ -160,9 +160,9 @@ class _Call:
             raise ValueError(
                 f"cache: got {len(layout.scenes)} scenes, expected one: a cache is the history of one scene"
             )
-        history = [] if cache is None else [entry.shot for entry in cache.shots]
-        self.history = len(history)
-        self.whole = Layout([[*history, *layout.shots]], layout.text_first) if cache is not None else layout
+        self.whole = layout
+        if cache is not None:
+            self.whole = Layout([[*(entry.shot for entry in cache.shots), *layout.shots]], layout.text_first)
         self.plans: dict[str, AttentionPlan] = {}
         with torch.autocast(inputs[0].latents.device.type, enabled=False):
             self._place(engine.scheme, inputs)
@@ -198,11 +198,9 @@ class _Call:
         if site.joint == "own_and_global_text":
             plan, queries = masks.own_and_global_text(self.whole), self.layout.video_only.tokens
         else:
-            plan, queries = self.pattern(_self_attention(self.adapter, self.whole)), self._queries()
+            plan = self.pattern(_self_attention(self.adapter, self.whole))
+            queries = _self_attention(self.adapter, self.layout).tokens
         return plan if self.cache is None else plan.rows(Range(plan.queries - queries, plan.queries))
-
-    def _queries(self) -> int:
-        return _self_attention(self.adapter, self.layout).tokens
 
     def _place(self, scheme: Scheme, inputs: Sequence[ShotInput]) -> None:
         """Run the diagonal cursor over every scene; rotations are made in float32 at least (and outside autocast)."""

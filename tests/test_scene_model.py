@@ -418,6 +418,25 @@ def test_a_cached_global_shot_equals_an_uncached_one(make, scheme):
     assert worst(shot_by_shot(model, scene, t), full) <= FLOAT32["cached"].absolute
 
 
+@ADAPTERS
+@pytest.mark.parametrize("scheme", SCHEMES)
+@torch.no_grad()
+def test_a_cached_history_moves_in_the_adapters_own_units(make, scheme):
+    """Moved as one with the shot that follows, it changes nothing; moved against it, it does, where there is RoPE."""
+    adapter = make()
+    model = retrofit(adapter.model, scheme=scheme, backbone=adapter)
+    layout = Layout([[Shot(2, (2, 2, 2)), Shot(1, (1, 1, 3)), Shot(3, (1, 2, 2))]])
+    (scene,), t, cache = draw(adapter, layout), random_levels(layout), KVCache()
+    shot_by_shot(model, scene[:2], t, cache=cache)
+    (before,) = model(scene[2:], t[:, 2:], cache=cache)
+    cache.reposition([entry.origin + 100 for entry in cache.shots])
+    (after,) = model(scene[2:], t[:, 2:], cache=cache)
+    assert error(after, before) <= FLOAT32["shifted"].absolute
+    cache.reposition([entry.origin + 7 * i for i, entry in enumerate(reversed(cache.shots))])
+    (apart,) = model(scene[2:], t[:, 2:], cache=cache)
+    assert (error(apart, before) > 1e-4) == (adapter.traits.pairing is not None)
+
+
 @torch.no_grad()
 def test_cross_attended_text_is_heard_where_it_should_be():
     layout = Layout([[Shot(2, (1, 2, 2), role="global"), Shot(2, (1, 2, 2)), Shot(3, (1, 1, 1))]])
@@ -442,6 +461,28 @@ def test_a_shot_without_text_needs_a_global_prompt_to_cross_attend():
     assert out.isfinite().all()
     with pytest.raises(ValueError, match=r"^layout: shot 0 .* has no text to attend to"):
         make(adapter)(scene[1:], torch.zeros(1))
+
+
+@torch.no_grad()
+def test_streams_that_only_one_site_changes_are_kept():
+    class Counts(ToyBackbone):
+        def encode(self, inputs, timestep):
+            state = super().encode(inputs, timestep)
+            return State({**state.streams, "first": torch.zeros(1), "second": torch.zeros(1)}, state.conditioning)
+
+        def finish(self, block, site, state, attended, aux):
+            count = "first" if site.name == "self" else "second"
+            return {**super().finish(block, site, state, attended, aux), count: state.streams[count] + 1}
+
+        def head(self, state):
+            seen.append((state.streams["first"].item(), state.streams["second"].item()))
+            return super().head(state)
+
+    seen = []
+    adapter = Counts(Toy(second="own_shot"))
+    (scene,) = draw(adapter, Layout([[Shot(1, (1, 1, 2)), Shot(2, (1, 1, 1))]]))
+    make(adapter)(scene, torch.tensor([0.5, 0.5]))
+    assert seen == [(2, 2), (2, 2)]  # once in each of two blocks, for each of two shots
 
 
 @torch.no_grad()
@@ -882,6 +923,16 @@ def test_angles_stay_exact_under_autocast():
         assert torch.equal(angles, rope(coords))
 
 
+@torch.no_grad()
+def test_a_float64_model_rotates_in_float64():
+    adapter = MMDiTBackbone(tiny().double())
+    generator, counts = torch.Generator().manual_seed(0), [Shot(2, (1, 2, 2)), Shot(1, (2, 1, 1))]
+    scene = [adapter.example(shot, batch=1, generator=generator, dtype=torch.float64) for shot in counts]
+    t = torch.tensor([0.25, 0.75], dtype=torch.float64)
+    truth = definition(adapter, [scene], t, scheme="anchored", pattern="bidirectional")
+    assert worst(make(adapter)(scene, t), truth) <= FLOAT32["definition"].absolute ** 2  # twice as many digits
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
 def test_rotation_is_in_float32_whatever_the_models_dtype(monkeypatch, dtype):
@@ -955,6 +1006,11 @@ def given_shot(channels=4, size=(1, 2, 2), text=(1, 3, 16), **options):
             [ShotInput(text=torch.zeros(1, 3, 16), role="global"), given_shot()],
             [0.5, 0.5],
             r"^t: got \[0.5, 0.5\], expected 0 for a global shot",
+        ),
+        (
+            [ShotInput(text=torch.zeros(2, 3, 16), role="global"), given_shot(text=(2, 3, 16))],
+            [[0.0, 0.5], [0.5, 0.5]],
+            r"^t: got .*expected 0 for a global shot",
         ),
         ([given_shot()], [0.5, 0.5], r"^t: got \[2\], expected floating-point noise levels \[1\] or \[1, 1\]"),
         ([given_shot()], [[0.5], [0.5]], r"^t: got \[2, 1\], expected floating-point noise levels \[1\] or \[1, 1\]"),
