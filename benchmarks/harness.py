@@ -135,7 +135,7 @@ def attention_contenders(case: Case) -> tuple[str, dict[str, Contender]]:
         if goal.peer == "dense":
             contenders["dense"] = Contender(_prepare(case, tensors, _sdpa), case.cost(plan.queries * plan.keys))
         elif goal.peer == "masked":
-            mask = plan.dense(case.device)
+            mask = plan.dense(device=case.device)
             masked = _prepare(case, tensors, lambda q, k, v, mask=mask: _sdpa(q, k, v, mask))
             contenders["masked"] = Contender(masked, case.flops)
         elif goal.peer == "gemm":
@@ -186,7 +186,7 @@ def check(case: Case, kernel: str) -> dict[str, float]:
 @cache
 def _check(case: Case, kernel: str) -> dict[str, float]:
     tensors, plan = attention_tensors(case), case.plan
-    mask = plan.dense(case.device)
+    mask = plan.dense(device=case.device)
     exact = _outputs(tensors, lambda q, k, v: attend(q, k, v, plan, kernel="reference"), double=True)
     plain = _outputs(tensors, lambda q, k, v: _sdpa(q, k, v, mask))
     torch.compiler.reset()

@@ -9,6 +9,7 @@ from lct_core.backbone import (
     QKV,
     Backbone,
     BackboneSpec,
+    Kernel,
     KernelRequest,
     KernelSpec,
     ShotInput,
@@ -19,7 +20,7 @@ from lct_core.backbone import (
 from lct_core.cache import CachedShot, KVCache
 from lct_core.coordinates import coordinates
 from lct_core.layout import Layout, Range, Shot
-from lct_core.losses import scene_loss, tuning_loss
+from lct_core.losses import SceneLoss, scene_loss, tuning_loss
 from lct_core.masks import (
     AttentionPlan,
     Segment,
@@ -32,7 +33,6 @@ from lct_core.masks import (
     selected_history,
 )
 from lct_core.noise import (
-    Path,
     RectifiedFlow,
     condition_levels,
     joint_levels,
@@ -53,15 +53,16 @@ __all__ = [
     "BackboneSpec",
     "CachedShot",
     "KVCache",
+    "Kernel",
     "KernelRequest",
     "KernelSpec",
     "Layout",
-    "Path",
     "PluginError",
     "Range",
     "RectifiedFlow",
     "Registry",
     "Rotation",
+    "SceneLoss",
     "SceneModel",
     "Segment",
     "Shot",

@@ -1,6 +1,7 @@
 """Attention over a plan: validation, the readable reference that defines it, and the kernel that runs everywhere."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -56,7 +57,15 @@ def attend(
         q.shape[3],
         torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad),
     )
-    return registry().kernel(kernel, request)(q, k, v, plan, q.shape[-1] ** -0.5 if scale is None else scale)
+    chosen = registry().kernel(kernel, request)
+    with without_autocast(q.device):  # the kernel was chosen for this dtype
+        return chosen(q, k, v, plan, q.shape[-1] ** -0.5 if scale is None else scale)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """A context in which tensors keep the dtype they have, on devices with and without autocast."""
+    available = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if available else nullcontext()
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float) -> Tensor:
@@ -65,7 +74,7 @@ def reference(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float
     queries = rearrange(q.double(), "b s h d -> b h s d")
     keys, values = (repeat(x.double(), "b s h d -> b (h g) s d", g=group) for x in (k, v))
     scores = scale * queries @ keys.mT
-    weights = scores.masked_fill(~plan.dense(q.device), float("-inf")).softmax(dim=-1)
+    weights = scores.masked_fill(~plan.dense(device=q.device), float("-inf")).softmax(dim=-1)
     return rearrange(weights @ values, "b h s d -> b s h d").to(q.dtype)
 
 
@@ -75,10 +84,9 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float) -> 
     Contiguous keys are a view, disjoint ranges are gathered. Gradients of keys and values are added up in one buffer.
     """
     outputs = []
-    for queries, (segment_queries, ranges) in zip(
+    for queries, (_, ranges) in zip(
         q.split([s.queries.size for s in plan.segments], dim=1), plan.segments, strict=True
     ):
-        assert queries.shape[1] == segment_queries.size
         k, v, keys, values = _Visible.apply(k, v, ranges)
         outputs.append(
             F.scaled_dot_product_attention(

@@ -97,7 +97,6 @@ class Traits:
         unit: Native coordinates, ``(frames, height, width)``, that make one step along the diagonal.
         timesteps: The model's own timestep at noise level 0 (clean) and 1 (noise); linear between.
         path: Noising and training target.
-        tokenwise: Whether ``qkv`` and ``finish`` act on every token by itself, given its shot's conditioning.
         extras: Names that ``ShotInput.extras`` may hold.
     """
 
@@ -113,8 +112,12 @@ class Traits:
     unit: tuple[float, float, float] = (1.0, 1.0, 1.0)
     timesteps: tuple[float, float] = (0.0, 1000.0)
     path: Path = field(default_factory=RectifiedFlow)
-    tokenwise: bool = True
     extras: frozenset[str] = frozenset()
+
+    def timestep(self, level: Tensor) -> Tensor:
+        """The model's own timestep at a noise level between 0, clean, and 1, noise."""
+        clean, noise = self.timesteps
+        return clean + (noise - clean) * level
 
 
 class Backbone(ABC):
@@ -176,7 +179,7 @@ class Backbone(ABC):
         )
 
     def coordinates(self, inputs: ShotInput, shot: Shot) -> Float[Tensor, "tokens 3"]:
-        """The model's own coordinates of a shot's self-attention tokens, in its own order and units; float64.
+        """The model's own coordinates of a shot's self-attention tokens, in its own order and units (float64, CPU).
 
         Default: text that has no RoPE at the origin, video at ``(frame, row, column)``.
         """
@@ -189,11 +192,15 @@ class Backbone(ABC):
             ValueError: naming what came, for latents or text that the model cannot take.
         """
         traits, latents, text = self.traits, inputs.latents, inputs.text
-        if latents is None or latents.ndim != 5 or latents.shape[1] != traits.latent_channels:
+        for name, value in (("latents", latents), ("text", text)):
+            if not isinstance(value, Tensor) or not value.is_floating_point():
+                came = f"a tensor of {value.dtype}" if isinstance(value, Tensor) else repr(value)
+                raise ValueError(f"{name}: got {came}, expected a floating-point tensor")
+        if latents.ndim != 5 or latents.shape[1] != traits.latent_channels:
             raise ValueError(
                 f"latents: got {describe(latents)}, expected [batch, {traits.latent_channels}, frames, height, width]"
             )
-        if text is None or text.ndim != 3 or text.shape[2] != traits.text_width or len(text) != len(latents):
+        if text.ndim != 3 or text.shape[2] != traits.text_width or len(text) != len(latents):
             raise ValueError(
                 f"text: got {describe(text)}, expected [{len(latents)}, tokens, {traits.text_width}]: "
                 "one encoded prompt for every entry of the batch"

@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lct_core.layout import Layout, Range, Shot, consecutive
+from lct_core.coordinates import Scheme
+from lct_core.layout import Range, Shot, consecutive
 from lct_core.rope import Pairing, move
 
 Space = Literal["tokens", "video", "text"]
@@ -40,7 +41,7 @@ class Stage(NamedTuple):
     """The shots that a call writes behind the history: what :meth:`KVCache.append` keeps."""
 
     shots: tuple[Shot, ...]
-    levels: tuple[tuple[float, ...], ...]
+    levels: Float[Tensor, "batch shots"]
     origins: tuple[int, ...]
     extents: tuple[int, ...]
 
@@ -80,6 +81,7 @@ class KVCache:
         self._parked: list[CachedShot] = []
         self._history: list[CachedShot] = []
         self._stage: Stage | None = None
+        self._scheme: Scheme | None = None
         self._diagonal: Tensor | None = None
         self._pairing: Pairing | None = None
 
@@ -119,11 +121,14 @@ class KVCache:
                 f"ids: got {len(ids)}, {list(ids)}, expected {len(self._stage.shots)}, "
                 "one for each shot of the last call"
             )
+        if unhashable := [i for i in ids if not isinstance(i, Hashable)]:
+            raise ValueError(f"ids: got {unhashable}, expected hashable names, such as strings or numbers")
         if taken := [i for n, i in enumerate(ids) if i in self.ids or i in ids[:n]]:
             raise ValueError(f"ids: {taken} are taken; the cache holds {list(self.ids)}")
+        shots, levels, origins, extents = self._stage
         self._history += [
-            CachedShot(id=i, shot=shot, level=level, written=origin, origin=origin, extent=extent)
-            for i, shot, level, origin, extent in zip(ids, *self._stage, strict=True)
+            CachedShot(id=i, shot=shot, level=tuple(level), written=origin, origin=origin, extent=extent)
+            for i, shot, level, origin, extent in zip(ids, shots, levels.T.tolist(), origins, extents, strict=True)
         ]
         self._stage = None
 
@@ -147,7 +152,8 @@ class KVCache:
         if len(set(chosen)) != len(chosen):
             raise ValueError(f"ids: got {chosen}, expected every shot once")
         history = [held[i] for i in chosen]
-        Layout([[e.shot for e in history]] if history else [[Shot(0, (1, 1, 1))]])  # a global shot only comes first
+        if any(entry.shot.role == "global" for entry in history[1:]):
+            raise ValueError(f"ids: got {chosen}, expected a global shot to come first, as in its scene")
         parked = [entry for i, entry in held.items() if i not in set(chosen)]
         for store in self._stores.values():
             spans = self._spans(store.space)
@@ -198,9 +204,18 @@ class KVCache:
 
     # What follows is the engine's side.
 
-    def begin(self, diagonal: Float[Tensor, "heads pairs"] | None, pairing: Pairing | None) -> None:
-        """Start a call: the staged shots of the last one are given up."""
-        self._stage, self._diagonal, self._pairing = None, diagonal, pairing
+    def begin(self, scheme: Scheme, diagonal: Float[Tensor, "heads pairs"] | None, pairing: Pairing | None) -> None:
+        """Start a call: the staged shots of the last one are given up.
+
+        Raises:
+            ValueError: where the history was written under another coordinate scheme.
+        """
+        if self.ids and scheme != self._scheme:
+            raise ValueError(
+                f"cache: its shots were written in scheme {self._scheme!r}, this model's is {scheme!r}; "
+                "use another cache"
+            )
+        self._stage, self._scheme, self._diagonal, self._pairing = None, scheme, diagonal, pairing
 
     def write(
         self, key: tuple[int, str], space: Space, k: Tensor, v: Tensor

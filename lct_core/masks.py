@@ -122,7 +122,7 @@ class AttentionPlan:
         )
         return AttentionPlan(queries.size, self.keys, tuple(inside))
 
-    def dense(self, device: torch.device | str | None = None) -> Bool[Tensor, "queries keys"]:
+    def dense(self, *, device: torch.device | str | None = None) -> Bool[Tensor, "queries keys"]:
         """The definition: True where the row's token sees the column's. For tests and small pictures only."""
         mask = torch.zeros(self.queries, self.keys, dtype=torch.bool, device=device)
         for queries, ranges in self.segments:
@@ -130,7 +130,7 @@ class AttentionPlan:
                 mask[queries.slice, keys.slice] = True
         return mask
 
-    def varlen(self, device: torch.device | str | None = None) -> Varlen:
+    def varlen(self, *, device: torch.device | str | None = None) -> Varlen:
         """Arguments of a variable-length kernel, int32, without a gather wherever every segment sees one range."""
         contiguous = all(len(keys) == 1 for _, keys in self.segments)
         used = [segment.num_keys for segment in self.segments]

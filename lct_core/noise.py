@@ -64,7 +64,7 @@ class RectifiedFlow:
         _check_like(z0, "noise", noise)
         _check_t(t, z0)
         wide = _wide(z0)
-        t = t.to(wide).reshape(-1, *[1] * (z0.ndim - 1))
+        t = t.to(z0.device, wide).reshape(-1, *[1] * (z0.ndim - 1))
         return ((1 - t) * z0.to(wide) + t * noise.to(wide)).to(z0.dtype)
 
     def target(self, z0: Latents, noise: Latents, t: Level) -> Latents:

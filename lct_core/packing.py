@@ -94,8 +94,11 @@ def plan_rows(
 
     planned: list[list[int]] = []
     carried: list[int] = []
-    for start in range(0, len(order), WINDOW):
-        rows = _best_fit_decreasing(carried + order[start : start + WINDOW], sizes, budget)
+    done = 0
+    while done < len(order):
+        window = carried + order[done : done + max(1, WINDOW - len(carried))]
+        done += len(window) - len(carried)
+        rows = _best_fit_decreasing(window, sizes, budget)
         carried = rows.pop()
         rng.shuffle(rows)
         planned += rows

@@ -5,8 +5,8 @@ group ``lct``. Hooks announce; they never choose.
 """
 
 from collections import Counter
-from collections.abc import Iterable
-from functools import cache
+from collections.abc import Callable, Iterable
+from functools import cache, partial
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from pkgutil import resolve_name
@@ -102,25 +102,40 @@ class Registry:
 
         Raises:
             ValueError: for an unknown name, or where the kernel refuses; ``"auto"`` lists every candidate's reasons.
+            PluginError: where the kernel's own code crashes.
         """
         try:
             return self._resolved[name, request]
         except KeyError:
-            kernel = self._choose(name, request).load()
+            spec = self._choose(name, request)
+            kernel = _of("kernel", spec.name, spec.load, self.kernels)
             if len(self._resolved) >= _MOST_RESOLVED:  # a run with other scenes in every row has no end of plans
                 self._resolved.clear()
             self._resolved[name, request] = kernel
             return kernel
 
-    def _choose(self, name: str, request: KernelRequest) -> KernelSpec:
+    def check_kernel(self, name: str) -> str:
+        """The name, where it is "auto" or a kernel's; else ``ValueError``."""
         if name != "auto" and name not in self._kernels:
             raise ValueError(f'kernel: got {name!r}, expected "auto" or one of {list(self.kernels)}')
+        return name
+
+    def refusals(self, name: str, request: KernelRequest) -> list[str]:
+        """Every reason why a kernel cannot serve a request; empty where it can.
+
+        Raises:
+            PluginError: where the kernel's own answer crashes.
+        """
+        return _of("kernel", name, partial(self._kernels[name].refusals, request), self.kernels)
+
+    def _choose(self, name: str, request: KernelRequest) -> KernelSpec:
+        self.check_kernel(name)
         candidates = (
             [s for s in self.kernels.values() if s.rank is not None] if name == "auto" else [self._kernels[name]]
         )
         reasons = []
         for spec in candidates:
-            refusals = spec.refusals(request)
+            refusals = self.refusals(spec.name, request)
             if not refusals:
                 return spec
             reasons += [f"  {spec.name}: {'; '.join(refusals)}"]
@@ -135,9 +150,10 @@ class Registry:
 
         Raises:
             ValueError: where no backbone, or more than one, handles the model, or the name is unknown.
+            PluginError: where the adapter cannot be imported.
         """
         if name is not None:
-            return resolve_name(self._backbone(name).adapter)(model)
+            return self._resolve(name, self._backbone(name).adapter)(model)
         for cls in type(model).__mro__:  # the most derived class that somebody handles decides
             full_name = f"{cls.__module__}.{cls.__qualname__}"
             found = [spec for spec in self._backbones.values() if full_name in spec.handles]
@@ -147,7 +163,7 @@ class Registry:
                     "choose one with retrofit(model, backbone=NAME)"
                 )
             if found:
-                return resolve_name(found[0].adapter)(model)
+                return self._resolve(found[0].name, found[0].adapter)(model)
         handled = "\n".join(f"  {spec.name}: {', '.join(spec.handles)}" for spec in self.backbones.values())
         raise ValueError(
             f"model: no backbone handles {type(model).__module__}.{type(model).__qualname__}; there are:\n{handled}\n"
@@ -165,7 +181,10 @@ class Registry:
             raise ValueError(
                 f"name: backbone {name!r} adapts models but cannot make one; load one with its own library"
             )
-        return resolve_name(spec.build)(**config)
+        return self._resolve(name, spec.build)(**config)
+
+    def _resolve(self, name: str, where: str) -> Callable[..., Any]:
+        return _of("backbone", name, partial(resolve_name, where), self.backbones)
 
     def _backbone(self, name: str) -> BackboneSpec:
         if name not in self._backbones:
@@ -201,6 +220,17 @@ class Registry:
 def registry() -> Registry:
     """The registry of the installed plugins, loaded on first use."""
     return Registry(entry_points(group="lct"))
+
+
+def _of(kind: str, name: str, call: Callable[[], Any], known: Iterable[str]) -> Any:
+    """What a plugin's own code returns; where it crashes, whose it is."""
+    try:
+        return call()
+    except Exception as error:
+        raise PluginError(
+            f"{kind} {name!r} is broken: {type(error).__name__}: {error}; mend or uninstall its plugin. "
+            f"There are: {sorted(known)}"
+        ) from error
 
 
 def _origin(entry: EntryPoint) -> str:

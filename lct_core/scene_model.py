@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lct_core import masks
-from lct_core.attention import attend
+from lct_core.attention import attend, without_autocast
 from lct_core.backbone import Backbone, ShotInput, Site, State, describe
 from lct_core.cache import KVCache, Space, Stage
 from lct_core.coordinates import Scheme, check_scheme, extent, measured_extent, shot_coordinates
@@ -60,7 +60,7 @@ class SceneModel:
     def __init__(self, adapter: Backbone, *, scheme: Scheme, kernel: str, gradient_checkpointing: bool = False) -> None:
         self.adapter = adapter
         self.scheme: Scheme = check_scheme(scheme)
-        self.kernel = kernel
+        self.kernel = registry().check_kernel(kernel)
         self.gradient_checkpointing = gradient_checkpointing
         for module in (adapter.model, *adapter.blocks):
             own = module.__dict__.get("forward")
@@ -91,7 +91,8 @@ class SceneModel:
             shots: One scene, a sequence of shots; or several scenes, packed in one row, that do not see one another.
             t: Noise level of every shot in row order, 0 = clean, 1 = noise: ``[num_shots]`` or ``[batch, num_shots]``.
                 A global shot is clean.
-            pattern: ``"bidirectional"``, ``"context_causal"`` or ``"own_shot"``, or a function from a layout to a plan.
+            pattern: ``"bidirectional"``, ``"context_causal"`` or ``"own_shot"``, or a function from a layout to a plan;
+                with a cache, that layout begins with the history.
             cache: History that the shots also see; their own keys and values are written behind it. Takes one scene.
 
         Returns:
@@ -114,10 +115,10 @@ class SceneModel:
         levels = noise_levels(t, [shot.role for shot in counts], batch)
         flat = iter(counts)
         layout = Layout([[next(flat) for _ in scene] for scene in scenes], self.adapter.traits.text_first)
-        call = _Call(self, layout, inputs, pattern, cache)
-        outputs = iter(self.backbone(call, inputs, levels))
+        call = _Call(self, layout, inputs, levels.to(inputs[0].latents.device), pattern, cache)
+        outputs = iter(self.backbone(call, inputs))
         if cache is not None:
-            cache.stage(call.stage(levels))
+            cache.stage(Stage(layout.shots, levels, call.origins, call.extents))
         return [[next(outputs) for _ in scene] for scene in scenes] if nested else list(outputs)
 
 
@@ -150,10 +151,12 @@ class _Call:
         engine: SceneModel,
         layout: Layout,
         inputs: Sequence[ShotInput],
+        levels: Tensor,
         pattern: str | Pattern,
         cache: KVCache | None,
     ) -> None:
         self.adapter, self.kernel, self.cache, self.layout = engine.adapter, engine.kernel, cache, layout
+        self.levels = levels  # here, and not an argument of the model: mixed-precision hooks round those
         self.checkpointing = engine.gradient_checkpointing
         self.pattern = _pattern(pattern)
         if cache is not None and len(layout.scenes) != 1:
@@ -164,14 +167,14 @@ class _Call:
         if cache is not None:
             self.whole = Layout([[*(entry.shot for entry in cache.shots), *layout.shots]], layout.text_first)
         self.plans: dict[str, AttentionPlan] = {}
-        with torch.autocast(inputs[0].latents.device.type, enabled=False):
+        device = inputs[0].latents.device
+        with without_autocast(device):
             self._place(engine.scheme, inputs)
             if cache is not None:
-                cache.begin(self._diagonal(), self.adapter.traits.pairing)
+                cache.begin(engine.scheme, self._diagonal(device), self.adapter.traits.pairing)
 
-    def __call__(self, model: nn.Module, inputs: Sequence[ShotInput], levels: Tensor) -> list[Tensor | None]:
-        clean, noise = self.adapter.traits.timesteps
-        timesteps = clean + (noise - clean) * levels
+    def __call__(self, model: nn.Module, inputs: Sequence[ShotInput]) -> list[Tensor | None]:
+        timesteps = self.adapter.traits.timestep(self.levels)
         states = [self.adapter.encode(shot, timesteps[:, i]) for i, shot in enumerate(inputs)]
         for index, block in enumerate(self.adapter.blocks):
             states = _updated(states, block(_BlockCall(self, index), states))
@@ -179,10 +182,6 @@ class _Call:
             None if shot.role == "global" else self.adapter.unpatchify(self.adapter.head(state), shot)
             for shot, state in zip(self.layout.shots, states, strict=True)
         ]
-
-    def stage(self, levels: Tensor) -> Stage:
-        """What the cache has to know of the shots of this call."""
-        return Stage(self.layout.shots, tuple(map(tuple, levels.T.tolist())), self.origins, self.extents)
 
     def plan(self, site: Site) -> AttentionPlan:
         """Who sees whom at a site: this call's queries over the history's keys and its own."""
@@ -232,11 +231,11 @@ class _Call:
         angles = self.adapter.rope(coords.to(latents.device))
         return rotation(angles, pairing=pairing, dtype=torch.promote_types(latents.dtype, torch.float32))
 
-    def _diagonal(self) -> Tensor | None:
+    def _diagonal(self, device: torch.device) -> Tensor | None:
         """The angles of one step along the diagonal, by which a cached shot is moved."""
         if self.adapter.traits.pairing is None:
             return None
-        return self.adapter.rope(torch.tensor([self.adapter.traits.unit], dtype=torch.float64))[0]
+        return self.adapter.rope(torch.tensor([self.adapter.traits.unit], dtype=torch.float64, device=device))[0]
 
 
 class _BlockCall:
@@ -375,10 +374,10 @@ def _with_dummy_video(scene: Scene, frames: int) -> list[ShotInput]:
     first, *rest = scene
     if first.role != "global" or first.latents is not None:
         return list(scene)
-    if not rest or rest[0].latents is None:
+    if not rest or not isinstance(rest[0].latents, Tensor) or rest[0].latents.ndim != 5:
         raise ValueError(
-            "shots: a global shot without latents needs a shot after it, whose height and width its dummy "
-            "video takes; alone in a call, give it latents of one frame of zeros"
+            "shots: a global shot without latents needs a shot with latents [batch, channels, frames, height, width] "
+            "after it, whose size its dummy video takes; alone in a call, give it latents of one frame of zeros"
         )
     dummy = torch.zeros_like(rest[0].latents[:, :, :frames])
     return [ShotInput(latents=dummy, text=first.text, extras=first.extras, role="global"), *rest]

@@ -1,6 +1,6 @@
 """What all tests share: how many examples hypothesis tries.
 
-``dev`` is the default, ``ci`` (chosen where CI is set) is never looser, ``nightly`` tries ten times as many.
+``dev`` is the default, ``ci`` (chosen where CI is set) is never looser, ``nightly`` tries many more.
 Choose with HYPOTHESIS_PROFILE or pytest's ``--hypothesis-profile``.
 """
 

@@ -377,7 +377,7 @@ class Operations(RuleBasedStateMachine):
             }
             for i, shot in enumerate(counts)
         ]
-        self.cache.begin(self.diagonal, self.pairing)
+        self.cache.begin("anchored", self.diagonal, self.pairing)
         seen = [*self.history, *entries]
         for site in ("tokens", "text"):
             k, v = (torch.cat([entry["sites"][site][i] for entry in entries], dim=1) for i in range(2))
@@ -387,7 +387,7 @@ class Operations(RuleBasedStateMachine):
             for entry, got in zip(seen, keys.split([getattr(e["shot"], site) for e in seen], dim=1), strict=True):
                 self.check(site, entry, got)
         origins, extents = (tuple(entry[name] for entry in entries) for name in ("origin", "extent"))
-        self.cache.stage(Stage(tuple(counts), tuple(entry["level"] for entry in entries), origins, extents))
+        self.cache.stage(Stage(tuple(counts), torch.tensor([entry["level"] for entry in entries]).T, origins, extents))
         self.staged = entries
 
     def check(self, site, entry, got):
@@ -565,6 +565,23 @@ def test_what_was_written_for_other_places_cannot_be_appended(change):
         cache.append("sixth")
 
 
+@pytest.mark.parametrize("history", [[0], []])
+def test_refuses_another_scheme(history):
+    cache = fill(KVCache(), FIVE[:1])
+    cache.select(history)  # what is parked counts too: it can be selected again
+    with pytest.raises(
+        ValueError, match=r"^cache: its shots were written in scheme 'anchored', this model's is 'paper'"
+    ):
+        call(scene_model("paper"), draw(SIXTH)[0], cache)
+
+
+def test_refuses_ids_that_cannot_be_looked_up():
+    cache = KVCache()
+    call(scene_model(), draw(SIXTH)[0], cache)
+    with pytest.raises(ValueError, match=r"^ids: got \[\[1\]\], expected hashable names"):
+        cache.append([1])
+
+
 def test_select_refuses_and_changes_nothing():
     cache = fill(KVCache(), FIVE[:3])
     call(scene_model(), draw(SIXTH)[0], cache)
@@ -588,7 +605,7 @@ def test_a_global_shot_stays_first():
         cache.append("global")
         call(scene_model(), shot, cache)
         cache.append("first")
-        with pytest.raises(ValueError, match=r"^scenes: shot 1 of scene 0 .* is global"):
+        with pytest.raises(ValueError, match=r"^ids: got \['first', 'global'\], expected a global shot to come first"):
             cache.select(["first", "global"])
         with pytest.raises(ValueError, match=r"^scenes: shot 2 of scene 0 .* is global"):
             scene_model()([dummy], torch.zeros(1), cache=cache)

@@ -568,16 +568,14 @@ def test_what_failed_is_said(factories, capsys, monkeypatch, options, expected):
     ]
 
 
-def test_an_adapters_own_error_keeps_its_traceback(factories, monkeypatch):
-    from lct_core.testing import conformance as suite
+def test_what_an_adapter_raises_fails_its_invariant_and_names_the_line(factories, capsys, monkeypatch):
+    from lct_core.scene_model import SceneModel
 
-    def findings(factory, *, schemes, dtypes):
-        raise ValueError("too many values to unpack")
-        yield
-
-    monkeypatch.setattr(suite, "conformance", findings)
-    with pytest.raises(RuntimeError, match="the model or its adapter raised the error above"):
-        main(["conformance", f"{factories}:make"])
+    monkeypatch.setattr(SceneModel, "__call__", lambda *_, **__: [].pop())
+    assert main(["conformance", f"{factories}:make", "--scheme", "paper", "--dtype", "float32"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("FAILED  3  raised IndexError: ") and "test_cli.py:" in line for line in lines)
+    assert lines[-1].endswith("of invariants 1, 2, 3, 4, 5, 6, 7, 8, 9")
 
 
 @pytest.mark.parametrize("factory", ["make", "make_adapter", "Holder.make"])

@@ -217,15 +217,31 @@ def test_another_shape_is_reported():
     assert (first.invariant, first.name) == (1, "shape and dtype of the base model's output")
 
 
-class Adds(Adapter):
+class AddsKey(Adapter):
+    """Adds a buffer: another key, and no parameter more."""
+
     @property
     def blocks(self):
-        self.model.embedding = torch.nn.Embedding(1, 1)
+        self.model.register_buffer("table", torch.zeros(3))
         return super().blocks
 
 
-def test_a_model_that_adds_parameters_is_reported():
-    assert (1, "same state_dict keys and parameter count") in broken(Adds)
+class AddsParameters(Adapter):
+    """Makes a parameter larger: more parameters, and no other key."""
+
+    def __init__(self):
+        super().__init__()
+        self.model.spare = torch.nn.Parameter(torch.zeros(1))
+
+    @property
+    def blocks(self):
+        self.model.spare = torch.nn.Parameter(torch.zeros(2))
+        return super().blocks
+
+
+@pytest.mark.parametrize("adapter", [AddsKey, AddsParameters])
+def test_an_adapter_that_adds_to_the_model_is_reported(adapter):
+    assert broken(adapter) == {(1, "same state_dict keys and parameter count")}
 
 
 class Meddles(Adapter):

@@ -264,7 +264,7 @@ EPS = torch.zeros(2, 4, 1, 2, 2)
         ([shot_of()], [[0.5], [0.5], [0.5]], [EPS], r"^t: got \[3, 1\], expected floating-point noise levels"),
         ([shot_of()], [2.0], [EPS], r"^t: got levels from 2 to 2, expected \[0, 1\]"),
         ([GLOBAL, shot_of()], [0.5, 0.5], [None, EPS], r"^t: .*expected 0 for a global shot"),
-        ([GLOBAL], [0.0], [None], "^shots: a global shot without latents needs a shot after it"),
+        ([GLOBAL], [0.0], [None], "^shots: a global shot without latents needs a shot with latents"),
         ([shot_of(role="global")], [0.0], [None], "^outputs: got no shot with a prediction"),
     ],
 )

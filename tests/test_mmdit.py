@@ -298,10 +298,9 @@ def test_the_adapter_splits_the_models_own_forward():
 @pytest.mark.parametrize("which", ["qkv", "finish", "head"])
 @torch.no_grad()
 def test_the_adapter_acts_on_every_token_by_itself(which):
-    """As ``traits.tokenwise`` says: a change of one video token changes nothing at the others."""
+    """A change of one video token changes nothing at the others."""
     model = tiny()
     adapter = MMDiTBackbone(model)
-    assert adapter.traits.tokenwise
     latents, t, text = draw(model, Shot(3, (2, 2, 2)))
     state, other = (adapter.encode(ShotInput(latents=latents, text=text), t) for _ in range(2))
     other.streams["video"][:, 5] += 1

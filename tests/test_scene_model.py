@@ -550,6 +550,10 @@ def test_levels_map_to_the_models_own_timesteps(fresh):
     t = torch.tensor([[0.0, 1.0], [0.25, 0.5]])
     fresh(scene, t)
     assert torch.equal(torch.stack(seen, 1), 1000 * t)
+    seen.clear()
+    coarse = torch.full((2, 2), 0.7).bfloat16()
+    fresh(scene, coarse)  # a level in bfloat16 is scaled in float32, not rounded again
+    assert torch.equal(torch.stack(seen, 1), 1000 * coarse.float())
 
 
 @torch.no_grad()
@@ -982,7 +986,7 @@ def given_shot(channels=4, size=(1, 2, 2), text=(1, 3, 16), **options):
             [0.5],
             r"^latents: .*\(0, 2, 2\), expected positive multiples of the patch \(1, 2, 2\)",
         ),
-        ([given_shot(text=None)], [0.5], r"^text: got None, expected \[1, tokens, 16\]"),
+        ([given_shot(text=None)], [0.5], "^text: got None, expected a floating-point tensor"),
         ([given_shot(text=(1, 3, 15))], [0.5], r"^text: got \[1, 3, 15\], expected \[1, tokens, 16\]"),
         (
             [ShotInput(latents=torch.zeros(2, 4, 1, 2, 2), text=torch.zeros(1, 3, 16))],
@@ -1000,7 +1004,7 @@ def given_shot(channels=4, size=(1, 2, 2), text=(1, 3, 16), **options):
         (
             [ShotInput(text=torch.zeros(1, 3, 16), role="global")],
             [0.0],
-            "^shots: a global shot without latents needs a shot",
+            "^shots: a global shot without latents needs a shot with latents",
         ),
         (
             [ShotInput(text=torch.zeros(1, 3, 16), role="global"), given_shot()],

@@ -15,8 +15,20 @@ from timm.layers import Mlp, RmsNorm
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lct_core import QKV, Backbone, Shot, ShotInput, Site, State, Traits
-from lct_core.rope import Rotation, angles, axis_frequencies, rotate, rotation
+from lct_core import (
+    QKV,
+    Backbone,
+    Rotation,
+    Shot,
+    ShotInput,
+    Site,
+    State,
+    Traits,
+    angles,
+    axis_frequencies,
+    rotate,
+    rotation,
+)
 
 #: The size of the paper's model (4, "Training Details": 3B parameters; here 2.98B); its division is ours.
 PAPER_3B = {"channels": 16, "text_width": 4096, "width": 2048, "depth": 20, "heads": 16}

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import get_args
 
 import click
 import torch
@@ -15,9 +15,6 @@ from torch import nn
 from lct_core.backbone import Backbone
 from lct_core.coordinates import Scheme
 from lct_core.plugins import registry
-
-if TYPE_CHECKING:
-    from lct_core.testing.conformance import Finding
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -51,8 +48,8 @@ def command(ctx: click.Context, factory: str, schemes: tuple[Scheme, ...], dtype
     with _current_folder_on_path():
         make = load_factory(factory)
         findings = []
-        for finding in _unmasked(
-            conformance(make, schemes=schemes or get_args(Scheme), dtypes=[_DTYPES[d] for d in dtypes or _DTYPES])
+        for finding in conformance(
+            make, schemes=schemes or get_args(Scheme), dtypes=[_DTYPES[d] for d in dtypes or _DTYPES]
         ):
             findings.append(finding)
             verdict = click.style("ok    ", fg="green") if finding.holds else click.style("FAILED", fg="red", bold=True)
@@ -109,14 +106,6 @@ def load_factory(name: str) -> Callable[[], nn.Module | Backbone]:
     if isinstance(made, nn.Module):
         registry().adapter(made)
     return factory
-
-
-def _unmasked(findings: "Iterator[Finding]") -> "Iterator[Finding]":
-    """The findings; a ``ValueError`` on the way comes from the model or its adapter, and its traceback is wanted."""
-    try:
-        yield from findings
-    except ValueError as error:
-        raise RuntimeError("the suite cannot go on: the model or its adapter raised the error above") from error
 
 
 def _described(error: Exception) -> str:

@@ -36,5 +36,5 @@ def command(out: Path, data: Path | None, seed: int) -> None:
 
     try:
         run(out, Settings(seed=seed), data=data, console=Console(highlight=False))
-    except (FileNotFoundError, FileExistsError, NotADirectoryError, ImportError) as error:
+    except (OSError, ImportError) as error:
         raise click.UsageError(str(error)) from error

@@ -9,7 +9,7 @@ from lct_core.backbone import KernelRequest
 from lct_core.cli import options
 from lct_core.cli.shots import EXAMPLE, parse_shots
 from lct_core.masks import context_causal
-from lct_core.plugins import Registry, registry
+from lct_core.plugins import PluginError, Registry, registry
 
 
 class KernelRow(NamedTuple):
@@ -23,7 +23,14 @@ class KernelRow(NamedTuple):
 
 def kernel_rows(registry: Registry, request: KernelRequest) -> list[KernelRow]:
     """A registry's kernels in the order that ``kernel="auto"`` follows, each with its reasons to refuse a request."""
-    return [KernelRow(spec.name, spec.summary, spec.rank, spec.refusals(request)) for spec in registry.kernels.values()]
+    rows = []
+    for spec in registry.kernels.values():
+        try:
+            refusals = registry.refusals(spec.name, request)
+        except PluginError as error:
+            refusals = [str(error)]
+        rows.append(KernelRow(spec.name, spec.summary, spec.rank, refusals))
+    return rows
 
 
 def auto_choice(rows: list[KernelRow]) -> str | None:

@@ -139,7 +139,10 @@ def _shot_numbers(folder: Path) -> set[int]:
 
 
 def _read_text(folder: Path, number: int) -> str:
-    text = (folder / f"shot_{number}.txt").read_text(encoding="utf-8").strip()
+    try:
+        text = (folder / f"shot_{number}.txt").read_text(encoding="utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{folder}: the text of shot {number} (shot_{number}.txt) is not UTF-8: {error}") from error
     if not text:
         raise ValueError(
             f"{folder}: the text of shot {number} (shot_{number}.txt) is empty, expected the shot's prompt"

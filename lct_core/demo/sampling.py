@@ -1,10 +1,11 @@
 """How the demo generates: each shot by itself, all at once, or one after the other through the KV cache."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from lct_core.backbone import ShotInput
 from lct_core.cache import KVCache
@@ -31,15 +32,11 @@ def euler(velocity: Velocity, noise: Sequence[Latents], *, steps: int) -> list[L
 
 
 @torch.no_grad()
-def independent(model: SceneModel, texts: Sequence[Text], noise: Sequence[Latents], *, steps: int) -> list[Latents]:
-    """Every shot by the base model's own forward, as if there were no others: the baseline."""
+def independent(dit: nn.Module, texts: Sequence[Text], noise: Sequence[Latents], *, steps: int) -> list[Latents]:
+    """Every shot by the single-shot model's own forward, as if there were no others: the baseline."""
 
     def velocity(shots: list[Latents], t: float) -> list[Latents]:
-        levels = torch.full((len(shots[0]),), 1000 * t)
-        return [
-            model.adapter.single_shot(ShotInput(latents=z, text=text), levels)
-            for z, text in zip(shots, texts, strict=True)
-        ]
+        return [dit(z, torch.full((len(z),), 1000 * t), text) for z, text in zip(shots, texts, strict=True)]
 
     return euler(velocity, noise, steps=steps)
 
@@ -49,8 +46,7 @@ def joint(model: SceneModel, texts: Sequence[Text], noise: Sequence[Latents], *,
     """All shots of the scene at once, bidirectionally, at one noise level (paper, Fig. 4 a.1)."""
 
     def velocity(shots: list[Latents], t: float) -> list[Latents]:
-        inputs = [ShotInput(latents=z, text=text) for z, text in zip(shots, texts, strict=True)]
-        return model(inputs, torch.full((len(inputs),), t))
+        return _velocity(model, shots, texts, t)
 
     return euler(velocity, noise, steps=steps)
 
@@ -66,15 +62,14 @@ def causal(
         texts: Every shot's encoded prompt.
         noise: Where each shot starts.
         steps: Euler steps for each shot.
-        t_c: Noise level of the history, on the paper's 0-1000 scale: a finished shot is noised to it, with the noise it
-            started from, and its keys and values are cached in a pass of its own (paper, 4.2).
+        t_c: Noise level of the history, on the paper's 0-1000 scale: a finished shot is noised to it (with the noise it
+            started from: ours), and its keys and values are cached in a pass of its own (paper, 4.2).
     """
     cache, done = KVCache(), []
     for number, (text, start) in enumerate(zip(texts, noise, strict=True)):
 
         def velocity(shots: list[Latents], t: float, text: Text = text) -> list[Latents]:
-            inputs = [ShotInput(latents=shots[0], text=text)]
-            return model(inputs, torch.full((1,), t), pattern="context_causal", cache=cache)
+            return _velocity(model, shots, [text], t, pattern="context_causal", cache=cache)
 
         (shot,) = euler(velocity, [start], steps=steps)
         level = torch.full((len(shot),), t_c / 1000)
@@ -82,3 +77,13 @@ def causal(
         cache.append(number)
         done.append(shot)
     return done
+
+
+def _velocity(
+    model: SceneModel, shots: Sequence[Latents], texts: Sequence[Text], t: float, **how: Any
+) -> list[Latents]:
+    """The velocity of shots that share a noise level."""
+    inputs = [ShotInput(latents=z, text=text) for z, text in zip(shots, texts, strict=True)]
+    outputs = model(inputs, torch.full((len(inputs),), t), **how)
+    levels = torch.full((len(shots[0]),), t)
+    return [model.adapter.traits.path.to_velocity(out, z, levels) for out, z in zip(outputs, shots, strict=True)]

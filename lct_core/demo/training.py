@@ -9,12 +9,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lct_core.backbone import ShotInput
-from lct_core.layout import Layout
+from lct_core.layout import Layout, Shot
 from lct_core.losses import scene_loss, tuning_loss
-from lct_core.noise import sample_levels, sample_shot_run
+from lct_core.noise import RectifiedFlow, sample_shot_run
 from lct_core.scene_model import SceneModel
 
 StepLoss = Callable[[int, torch.Generator], Tensor]
+Levels = Callable[..., Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,9 +55,7 @@ def optimise(
     Returns:
         Every step's loss.
     """
-    optimiser = torch.optim.AdamW(
-        model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.1, fused=True
-    )
+    optimiser = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     warm_up = max(1, steps // 20)
     losses = []
     for step in range(steps):
@@ -72,35 +71,41 @@ def optimise(
     return losses
 
 
-def single_shot_loss(model: SceneModel, clips: Clips, *, batch: int) -> StepLoss:
-    """Eq. 1 on random shots, by the base model's own forward."""
-    path, (clean, noisy) = model.adapter.traits.path, model.adapter.traits.timesteps
+def single_shot_loss(dit: nn.Module, clips: Clips, *, batch: int, levels: Levels) -> StepLoss:
+    """Eq. 1 on random shots, by the model's own forward: (latents, timestep 0 to 1000, text) to velocity.
+
+    Args:
+        dit: The single-shot model.
+        clips: The data.
+        batch: Shots in a step.
+        levels: Draws noise levels.
+    """
+    path = RectifiedFlow()
 
     def loss(step: int, generator: torch.Generator) -> Tensor:
         scenes = torch.randint(len(clips.videos), (batch,), generator=generator)
         shots = torch.randint(clips.videos.shape[1], (batch,), generator=generator)
         z, text = clips.videos[scenes, shots], clips.texts[scenes, shots]
         noise = torch.randn(z.shape, generator=generator)
-        layout = Layout([[model.adapter.shot(ShotInput(latents=z, text=text))]])
-        t = sample_levels(layout, generator=generator, batch=batch)[:, 0]
-        shot = ShotInput(latents=path.add_noise(z, noise, t), text=text)
-        out = model.adapter.single_shot(shot, clean + (noisy - clean) * t)
-        return scene_loss([out], [path.target(z, noise, t)]).mean
+        t = levels(Layout([[Shot(text=text.shape[1], grid=(1, 1, 1))]]), generator=generator, batch=batch)[:, 0]
+        return scene_loss([dit(path.add_noise(z, noise, t), 1000 * t, text)], [path.target(z, noise, t)]).mean
 
     return loss
 
 
-def long_context_loss(model: SceneModel, clips: Clips, *, batch: int, single_shots: int, pattern: str) -> StepLoss:
-    """Single shots and scenes in turn, 1:1 (paper, 3.4): in a scene every shot has its own noise level.
+def long_context_loss(
+    model: SceneModel, clips: Clips, single: StepLoss, *, batch: int, levels: Levels, pattern: str
+) -> StepLoss:
+    """Single shots and scenes in turn, 1:1 (paper, A.1): in a scene every shot has its own noise level.
 
     Args:
         model: The retrofitted model.
         clips: The data.
+        single: The loss of a single-shot step.
         batch: Scenes in a scene step; they share a layout, so as many shots of each.
-        single_shots: Shots in a single-shot step.
+        levels: Draws noise levels.
         pattern: ``"bidirectional"``, or ``"context_causal"`` for the causal stage.
     """
-    single = single_shot_loss(model, clips, batch=single_shots)
 
     def loss(step: int, generator: torch.Generator) -> Tensor:
         if step % 2:
@@ -110,7 +115,7 @@ def long_context_loss(model: SceneModel, clips: Clips, *, batch: int, single_sho
         shots = [ShotInput(latents=clips.videos[scenes, i], text=clips.texts[scenes, i]) for i in run]
         noise = [torch.randn(clips.videos[scenes, i].shape, generator=generator) for i in run]
         layout = Layout([[model.adapter.shot(shot) for shot in shots]])
-        t = sample_levels(layout, generator=generator, batch=batch)
+        t = levels(layout, generator=generator, batch=batch)
         return tuning_loss(model, shots, t, noise, pattern=pattern).mean
 
     return loss

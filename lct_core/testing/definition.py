@@ -35,9 +35,8 @@ def definition(
     """
     inputs = [shot for scene in scenes for shot in scene]
     shots = [adapter.shot(given) for given in inputs]
-    clean, noise = adapter.traits.timesteps
     levels = t.expand(len(inputs[0].latents), -1)
-    states = [adapter.encode(given, clean + (noise - clean) * levels[:, i]) for i, given in enumerate(inputs)]
+    states = [adapter.encode(given, adapter.traits.timestep(levels[:, i])) for i, given in enumerate(inputs)]
     tables = _turns(adapter, scenes, shots, scheme)
     for block in adapter.blocks:
         for site in adapter.sites(block):

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lct_core import AttentionPlan, KernelRequest, KernelSpec
-from lct_core.backbone import Kernel
+from lct_core import AttentionPlan, Kernel, KernelRequest, KernelSpec
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
