@@ -26,10 +26,14 @@ INVARIANTS = {
     },
     2: {"equals the dense-mask definition", "shots see one another (else the rest proves nothing)"},
     3: {"a shot does not depend on later shots"},
-    4: {"cached equals uncached", "several shots behind a history"},
+    4: {
+        "cached equals uncached",
+        "several shots behind a history",
+        "cached behind a global shot equals uncached",
+    },
     5: {"packing changes no scene"},
     6: {"gradients with checkpointing equal those without"},
-    7: {"moving a whole scene changes nothing"},
+    7: {"moving a whole scene changes nothing", "moving a cached history and what follows changes nothing"},
     8: {"weights that change are the weights that run"} | {f"{copy} {does}" for copy in COPIES
         for does in ("runs its own weights", "runs the weights loaded into it")},
     9: {f"refuses {what}" for what in (

@@ -11,7 +11,6 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from statistics import mean
 from time import perf_counter
@@ -29,7 +28,7 @@ from lct_core.demo.sampling import causal, independent, joint
 from lct_core.demo.sheet import SceneRows, contact_sheet
 from lct_core.demo.training import Clips, StepLoss, long_context_loss, optimise, single_shot_loss
 from lct_core.demo.world import VOCABULARY, render, sample_scene, tokenize
-from lct_core.noise import sample_levels, shot_noise
+from lct_core.noise import shot_noise
 from lct_core.plugins import registry
 from lct_core.scene_model import retrofit
 
@@ -52,8 +51,6 @@ class Settings:
         held_out_shots: Shots in each of them.
         width: The model's.
         depth: The model's.
-        noise_mean: Mean of the logit of the noise levels in training.
-        noise_std: Its standard deviation; more of high noise than by default, where a scene's colours are decided.
         batch: Shots in a single-shot step.
         scene_batch: Scenes in a scene step.
         single_shot_steps: Of the first stage, at ``single_shot_rate``.
@@ -64,22 +61,20 @@ class Settings:
     """
 
     seed: int = 0
-    scenes: int = 400
-    shots: int = 6
+    scenes: int = 500
+    shots: int = 4
     held_out: int = 32
     held_out_shots: int = 4
     width: int = 96
     depth: int = 5
-    noise_mean: float = 0.4
-    noise_std: float = 1.2
     batch: int = 4
     scene_batch: int = 1
-    single_shot_steps: int = 4000
+    single_shot_steps: int = 3000
     single_shot_rate: float = 4e-3
-    tuning_steps: int = 3600
-    tuning_rate: float = 2e-3
+    tuning_steps: int = 3000
+    tuning_rate: float = 4e-3
     causal_steps: int = 600
-    causal_rate: float = 1e-3
+    causal_rate: float = 1.5e-3
     euler_steps: int = 20
     t_c: float = 100.0
 
@@ -118,10 +113,9 @@ def run(out: Path, settings: Settings, *, data: Path | None = None, console: Con
                 depth=settings.depth,
                 heads=4,
                 patch=(1, 4, 4),
-                theta=100.0,  # the longest period is not much longer than a scene
+                theta=10.0,  # periods of 6 to 35 positions: a shot takes 6, a scene 24
             )
         parameters = sum(p.numel() for p in dit.parameters())
-        levels = partial(sample_levels, mean=settings.noise_mean, std=settings.noise_std)
         prompts, noise = list(held_out.texts.unbind(1)), _noise(held_out, settings.seed)
         generated = {"data": list(held_out.videos.unbind(1))}
 
@@ -129,7 +123,7 @@ def run(out: Path, settings: Settings, *, data: Path | None = None, console: Con
             with stages(stage, steps) as advance:
                 optimise(dit, loss, steps=steps, learning_rate=rate, generator=generator, on_step=advance)
 
-        single = single_shot_loss(dit, clips, batch=settings.batch, levels=levels)
+        single = single_shot_loss(dit, clips, batch=settings.batch)
         train("train on single shots", single, settings.single_shot_steps, settings.single_shot_rate)
         with stages("generate shots independently"):
             generated["independent"] = independent(dit, prompts, noise, steps=settings.euler_steps)
@@ -137,7 +131,7 @@ def run(out: Path, settings: Settings, *, data: Path | None = None, console: Con
         model = retrofit(dit)
 
         def tuning(pattern: str) -> StepLoss:
-            return long_context_loss(model, clips, single, batch=settings.scene_batch, levels=levels, pattern=pattern)
+            return long_context_loss(model, clips, single, batch=settings.scene_batch, pattern=pattern)
 
         train("long context tuning", tuning("bidirectional"), settings.tuning_steps, settings.tuning_rate)
         with stages("generate scenes jointly"):

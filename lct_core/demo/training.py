@@ -11,11 +11,10 @@ from torch import Tensor, nn
 from lct_core.backbone import ShotInput
 from lct_core.layout import Layout, Shot
 from lct_core.losses import scene_loss, tuning_loss
-from lct_core.noise import RectifiedFlow, sample_shot_run
+from lct_core.noise import RectifiedFlow, sample_levels, sample_shot_run
 from lct_core.scene_model import SceneModel
 
 StepLoss = Callable[[int, torch.Generator], Tensor]
-Levels = Callable[..., Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,14 +70,13 @@ def optimise(
     return losses
 
 
-def single_shot_loss(dit: nn.Module, clips: Clips, *, batch: int, levels: Levels) -> StepLoss:
+def single_shot_loss(dit: nn.Module, clips: Clips, *, batch: int) -> StepLoss:
     """Eq. 1 on random shots, by the model's own forward: (latents, timestep 0 to 1000, text) to velocity.
 
     Args:
         dit: The single-shot model.
         clips: The data.
         batch: Shots in a step.
-        levels: Draws noise levels.
     """
     path = RectifiedFlow()
 
@@ -87,15 +85,13 @@ def single_shot_loss(dit: nn.Module, clips: Clips, *, batch: int, levels: Levels
         shots = torch.randint(clips.videos.shape[1], (batch,), generator=generator)
         z, text = clips.videos[scenes, shots], clips.texts[scenes, shots]
         noise = torch.randn(z.shape, generator=generator)
-        t = levels(Layout([[Shot(text=text.shape[1], grid=(1, 1, 1))]]), generator=generator, batch=batch)[:, 0]
+        t = sample_levels(Layout([[Shot(text=0, grid=(1, 1, 1))]]), generator=generator, batch=batch)[:, 0]
         return scene_loss([dit(path.add_noise(z, noise, t), 1000 * t, text)], [path.target(z, noise, t)]).mean
 
     return loss
 
 
-def long_context_loss(
-    model: SceneModel, clips: Clips, single: StepLoss, *, batch: int, levels: Levels, pattern: str
-) -> StepLoss:
+def long_context_loss(model: SceneModel, clips: Clips, single: StepLoss, *, batch: int, pattern: str) -> StepLoss:
     """Single shots and scenes in turn, 1:1 (paper, A.1): in a scene every shot has its own noise level.
 
     Args:
@@ -103,7 +99,6 @@ def long_context_loss(
         clips: The data.
         single: The loss of a single-shot step.
         batch: Scenes in a scene step; they share a layout, so as many shots of each.
-        levels: Draws noise levels.
         pattern: ``"bidirectional"``, or ``"context_causal"`` for the causal stage.
     """
 
@@ -115,7 +110,7 @@ def long_context_loss(
         shots = [ShotInput(latents=clips.videos[scenes, i], text=clips.texts[scenes, i]) for i in run]
         noise = [torch.randn(clips.videos[scenes, i].shape, generator=generator) for i in run]
         layout = Layout([[model.adapter.shot(shot) for shot in shots]])
-        t = levels(layout, generator=generator, batch=batch)
+        t = sample_levels(layout, generator=generator, batch=batch)
         return tuning_loss(model, shots, t, noise, pattern=pattern).mean
 
     return loss
