@@ -7,7 +7,7 @@ after. Everything between is the engine's (:mod:`lct_core.scene_model`): coordin
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from jaxtyping import Float, Shaped
@@ -21,7 +21,14 @@ from lct_core.rope import Pairing
 
 TextPath = Literal["joint", "cross"]
 Joint = Literal["joined", "own_shot", "own_text", "own_and_global_text"]
-Kernel = Callable[[Tensor, Tensor, Tensor, AttentionPlan, float], Tensor]
+
+
+class Kernel(Protocol):
+    """An attention kernel: shapes as in :func:`lct_core.attend`, which has validated everything before."""
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float, /) -> Tensor:
+        """Attend."""
+        ...
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

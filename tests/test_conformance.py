@@ -167,8 +167,8 @@ class HalfAngles(Adapter):
 
 
 def test_angles_in_half_precision_are_refused():
-    with pytest.raises(ValueError, match=r"^angles: got torch.bfloat16, expected torch.float32 or torch.float64"):
-        broken(HalfAngles)
+    words = "raised ValueError: angles: got torch.bfloat16, expected torch.float32 or torch.float64"
+    assert {invariant for invariant, name in broken(HalfAngles) if name.startswith(words)} >= {1, 2, 3, 4, 5, 6, 7, 8}
 
 
 class Table(Adapter):
@@ -180,7 +180,7 @@ class Table(Adapter):
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_angles_that_are_not_linear_are_reported(scheme):
-    assert broken(Table, scheme=scheme) == {(7, "moving a whole scene changes nothing")}
+    assert broken(Table, scheme=scheme) == {(7, name) for name in INVARIANTS[7]}
 
 
 class BlindAxis(Adapter):
@@ -312,12 +312,12 @@ def test_a_cache_that_forgets_is_reported(monkeypatch):
         return keys, torch.cat([torch.zeros_like(values[:, : -v.shape[1]]), v], 1)
 
     monkeypatch.setattr(lct.KVCache, "write", forgetful)
-    assert broken() == {(4, "cached equals uncached"), (4, "several shots behind a history")}
+    assert broken() == {(4, name) for name in INVARIANTS[4]}
 
 
 def test_a_cached_shot_that_starts_elsewhere_is_reported(monkeypatch):
     monkeypatch.setattr(lct.KVCache, "end", property(lambda self: sum(e.extent for e in self.shots[1:])))
-    assert broken() == {(4, "cached equals uncached"), (4, "several shots behind a history")}
+    assert broken() == {(4, name) for name in INVARIANTS[4]} | {(7, next(n for n in INVARIANTS[7] if "cached" in n))}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
