@@ -134,7 +134,7 @@ def test_masks(shot: ShotDescription, size: int, frames: int) -> None:
 
 
 def test_masks_have_the_exact_area() -> None:
-    for framing, half_side in {"Close up": 0.222, "Medium shot": 0.135, "Wide shot": 0.096}.items():
+    for framing, half_side in {"Close up": 0.222, "Medium shot": 0.17, "Wide shot": 0.133}.items():
         for shape, area in {"square": 4 * half_side**2, "disc": torch.pi * half_side**2}.items():
             mask = character_mask(ShotDescription(framing, shape, "on the left", "moving up"), size=24)
             torch.testing.assert_close(mask.mean((1, 2)), torch.full((4,), area), atol=0, rtol=0.02)

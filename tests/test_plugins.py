@@ -136,7 +136,7 @@ def test_a_spec_is_light_until_it_is_used():
         plugin(backbones=[backbone("heavy", torch.nn.Linear, adapter="no_such_library:Adapter")]), name="x"
     )
     assert list(registry.backbones) == ["heavy"]
-    with pytest.raises(PluginError, match="backbone .heavy. is broken: ModuleNotFoundError: .*no_such_library"):
+    with pytest.raises(PluginError, match=r"backbone .heavy. is broken: ModuleNotFoundError: .*no_such_library"):
         registry.adapter(torch.nn.Linear(1, 1))
 
 

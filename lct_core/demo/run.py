@@ -56,7 +56,7 @@ class Settings:
         single_shot_steps: Of the first stage, at ``single_shot_rate``.
         tuning_steps: Of Long Context Tuning, at ``tuning_rate``.
         causal_steps: Of context-causal tuning, at ``causal_rate``.
-        euler_steps: Of generation.
+        euler_steps: Of generation (paper, A.2: 32).
         t_c: Noise level of the history in shot-after-shot generation, 0-1000 (paper, 4.2: 100-500).
     """
 
@@ -71,11 +71,11 @@ class Settings:
     scene_batch: int = 1
     single_shot_steps: int = 3000
     single_shot_rate: float = 4e-3
-    tuning_steps: int = 3000
-    tuning_rate: float = 4e-3
+    tuning_steps: int = 3600
+    tuning_rate: float = 3e-3
     causal_steps: int = 600
     causal_rate: float = 1.5e-3
-    euler_steps: int = 20
+    euler_steps: int = 32
     t_c: float = 100.0
 
 
@@ -113,7 +113,7 @@ def run(out: Path, settings: Settings, *, data: Path | None = None, console: Con
                 depth=settings.depth,
                 heads=4,
                 patch=(1, 4, 4),
-                theta=10.0,  # periods of 6 to 35 positions: a shot takes 6, a scene 24
+                theta=100.0,  # periods of 6 to 199 positions: a shot takes 6, a scene 24
             )
         parameters = sum(p.numel() for p in dit.parameters())
         prompts, noise = list(held_out.texts.unbind(1)), _noise(held_out, settings.seed)

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 # sizes at which no pixel of a 24 x 24 frame is nearly half covered, so that masks do not hang on the last bit
-_HALF_SIDE = {"Close up": 0.222, "Medium shot": 0.135, "Wide shot": 0.096}
+_HALF_SIDE = {"Close up": 0.222, "Medium shot": 0.17, "Wide shot": 0.133}
 _CENTRE_X = {"on the left": 0.25, "in the middle": 0.5, "on the right": 0.75}
 _SPEED_Y = {"moving up": -1 / 3, "standing still": 0.0, "moving down": 1 / 3}
 
