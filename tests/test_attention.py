@@ -164,6 +164,13 @@ def test_flex_conforms_on_a_cpu(monkeypatch):
         assert finding.holds, finding
 
 
+def test_flex_refuses_a_cpu_without_a_compiler(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    q, k, v = draw(GAPS)
+    with pytest.raises(ValueError, match="no C.. compiler 'no-such-compiler'"):
+        attend(q, k, v, GAPS, kernel="flex")
+
+
 def test_flex_takes_another_shape_and_scale_on_a_cpu():
     # torch's own dynamic shapes do not compile there: another shape must be another compilation
     for text in (0, 1):

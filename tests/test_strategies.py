@@ -3,8 +3,9 @@ import torch
 from hypothesis import find, given
 from hypothesis import strategies as st
 
+from lct_core.cache import KVCache, Stage
 from lct_core.layout import Layout, Shot
-from lct_core.testing.strategies import layouts, levels, shots
+from lct_core.testing.strategies import cache_operations, layouts, levels, shots
 
 BOUNDS = {"max_scenes": 2, "max_shots": 3, "max_text": 4, "max_grid": (1, 2, 3)}
 
@@ -78,3 +79,39 @@ def test_levels_fit_their_layout(data):
 def test_levels_reach_both_ends(edge):
     layout = Layout([[Shot(text=0, grid=(1, 1, 1))]])
     find(levels(layout), lambda t: t.item() == edge)
+
+
+@given(cache_operations())
+def test_a_cache_takes_every_operation_and_shows_the_values_selected(operations):
+    cache, values, seen = KVCache(), [], []
+    for operation in operations:
+        if operation.name == "append":
+            shot = operation.shot
+            v = torch.randn(1, shot.tokens, 1, 4)
+            cache.begin("anchored", torch.ones(1, 2, dtype=torch.float64), "half")
+            _, visible = cache.write((0, "self"), "tokens", torch.randn_like(v), v)
+            assert torch.equal(visible, torch.cat([*(values[i] for i in seen), v], dim=1))
+            cache.stage(Stage((shot,), torch.zeros(1, 1), (cache.end,), (max(shot.grid),)))
+            cache.append(len(values))
+            seen.append(len(values))
+            values.append(v)
+        elif operation.name == "select":
+            cache.select(operation.ids)
+            seen = list(operation.ids)
+        else:
+            cache.reposition(operation.origins)
+        assert [entry.id for entry in cache.shots] == seen
+        assert sorted(cache.ids) == list(range(len(values)))
+
+
+@pytest.mark.parametrize(
+    "condition",
+    [
+        lambda operations: any(o.name == "select" and not o.ids for o in operations),
+        lambda operations: any(o.name == "select" and list(o.ids) != sorted(o.ids) for o in operations),
+        lambda operations: any(o.name == "reposition" and o.origins for o in operations),
+        lambda operations: [o.name for o in operations[-2:]] == ["select", "append"],
+    ],
+)
+def test_cache_operations_reach_the_edges(condition):
+    find(cache_operations(), condition)

@@ -1,4 +1,9 @@
-"""Hypothesis strategies for shots, layouts and levels; examples shrink to one shot of one video token without text."""
+"""Hypothesis strategies; examples shrink to one shot of one video token without text.
+
+For shots, layouts, noise levels, and what a cache goes through.
+"""
+
+from typing import NamedTuple
 
 import torch
 from hypothesis import strategies as st
@@ -7,7 +12,7 @@ from torch import Tensor
 
 from lct_core.layout import Layout, Shot
 
-__all__ = ["layouts", "levels", "shots"]
+__all__ = ["CacheOperation", "cache_operations", "layouts", "levels", "shots"]
 
 
 def shots(*, max_text: int = 5, max_grid: tuple[int, int, int] = (3, 3, 3)) -> st.SearchStrategy[Shot]:
@@ -67,3 +72,45 @@ def levels(draw: st.DrawFn, layout: Layout) -> Float32[Tensor, " shots"]:
     level = st.floats(0, 1, width=32)
     drawn = [0.0 if shot.role == "global" else draw(level) for shot in layout.shots]
     return torch.tensor(drawn, dtype=torch.float32)
+
+
+class CacheOperation(NamedTuple):
+    """One thing that happens to a :class:`lct_core.KVCache`.
+
+    Args:
+        name: ``"append"``, after a call that writes ``shot``; ``"select"`` or ``"reposition"``.
+        shot: What is written, for ``"append"``; its id is the number of appends before it.
+        ids: What is selected, in order, for ``"select"``.
+        origins: Where each selected shot is to stand, for ``"reposition"``; None for end to end.
+    """
+
+    name: str
+    shot: Shot | None = None
+    ids: tuple[int, ...] = ()
+    origins: tuple[int, ...] | None = None
+
+
+@st.composite
+def cache_operations(draw: st.DrawFn, *, max_operations: int = 8, max_origin: int = 99) -> list[CacheOperation]:
+    """Operations on an empty cache, in order, all valid: parked shots come back, positions go and return.
+
+    Args:
+        draw: Given by hypothesis.
+        max_operations: Most operations (ours).
+        max_origin: Farthest place on the diagonal (ours).
+    """
+    operations: list[CacheOperation] = []
+    held, selected = 0, 0
+    for _ in range(draw(st.integers(1, max_operations))):
+        name = draw(st.sampled_from(["append", "select", "reposition"] if held else ["append"]))
+        if name == "append":
+            operations.append(CacheOperation(name, shot=draw(shots())))
+            held, selected = held + 1, selected + 1
+        elif name == "select":
+            ids = tuple(draw(st.permutations(range(held)))[: draw(st.integers(0, held))])
+            operations.append(CacheOperation(name, ids=ids))
+            selected = len(ids)
+        else:
+            places = st.tuples(*[st.integers(0, max_origin)] * selected)
+            operations.append(CacheOperation(name, origins=draw(st.none() | places)))
+    return operations

@@ -4,6 +4,8 @@ Dong et al., arXiv 2412.05496. Always compiled: uncompiled FlexAttention materia
 for each plan and device. On a CPU it is compiled for inference only.
 """
 
+import os
+import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import cache, lru_cache
@@ -60,6 +62,11 @@ def _refusals(request: KernelRequest) -> list[str]:
     reasons = []
     if request.device.type not in ("cpu", "cuda"):
         reasons.append(f"device {request.device.type}: compiled FlexAttention runs on cpu and cuda")
+    compiler = os.environ.get("CXX", "g++")
+    if request.device.type == "cpu" and shutil.which(compiler) is None:
+        reasons.append(
+            f"no C++ compiler {compiler!r}: torch compiles FlexAttention with one on a cpu; install it or set CXX"
+        )
     if request.device.type == "cpu" and request.grad:
         reasons.append("gradients on a cpu: FlexAttention is compiled for inference only there")
     if request.dtype not in (torch.float32, torch.float16, torch.bfloat16):
