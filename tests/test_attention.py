@@ -167,7 +167,7 @@ def test_flex_conforms_on_a_cpu(monkeypatch):
 def test_flex_refuses_a_cpu_without_a_compiler(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     q, k, v = draw(GAPS)
-    with pytest.raises(ValueError, match="no C.. compiler 'no-such-compiler'"):
+    with pytest.raises(ValueError, match=r"no C.. compiler 'no-such-compiler'"):
         attend(q, k, v, GAPS, kernel="flex")
 
 
