@@ -71,7 +71,7 @@ class Settings:
     scene_batch: int = 1
     single_shot_steps: int = 3000
     single_shot_rate: float = 4e-3
-    tuning_steps: int = 3600
+    tuning_steps: int = 4800
     tuning_rate: float = 3e-3
     causal_steps: int = 600
     causal_rate: float = 1.5e-3
