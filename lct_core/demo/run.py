@@ -267,9 +267,9 @@ def _measure(shots: Sequence[Tensor], texts: Sequence[Sequence[str]]) -> dict[st
 
 def _report(metrics: dict[str, Any], parameters: int, out: Path, console: Console) -> None:
     """The table that a person reads."""
-    table = Table(title=f"{metrics['held_out']} held-out scenes of {metrics['held_out_shots']} shots")
-    table.add_column("")
-    for column in ("appearance error", "character", "background", "below independent", "adherence"):
+    table = Table(title=f"Appearance error, {metrics['held_out']} held-out scenes of {metrics['held_out_shots']} shots")
+    table.add_column("", no_wrap=True)
+    for column in ("error", "character", "background", "below independent", "adherence"):
         table.add_column(column, justify="right")
     for mode, label in _LABELS.items():
         error, baseline = metrics[f"{mode}_error"], metrics["independent_error"]
@@ -278,7 +278,7 @@ def _report(metrics: dict[str, Any], parameters: int, out: Path, console: Consol
             f"{error:.3f}",
             f"{metrics[f'{mode}_error_character']:.3f}",
             f"{metrics[f'{mode}_error_background']:.3f}",
-            f"{baseline / error:.1f} x" if error else "-",
+            "" if mode == "data" else f"{baseline / error:.1f} x" if error else "-",
             f"{metrics[f'{mode}_adherence']:.3f}",
         )
     console.print(table)
