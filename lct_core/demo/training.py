@@ -38,7 +38,7 @@ def optimise(
     learning_rate: float,
     generator: torch.Generator,
     on_step: Callable[[float], None],
-) -> list[float]:
+) -> None:
     """AdamW with betas (0.9, 0.95), weight decay 0.1 and cosine decay (paper, A.1); warm-up and clipping to 1 are ours.
 
     The paper's moving average of the weights is left out: its memory, 250 steps, is long beside runs this short.
@@ -50,13 +50,9 @@ def optimise(
         learning_rate: Its peak.
         generator: Source of all randomness.
         on_step: Called with every step's loss.
-
-    Returns:
-        Every step's loss.
     """
     optimiser = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     warm_up = max(1, steps // 20)
-    losses = []
     for step in range(steps):
         decay = 0.5 * (1 + cos(pi * step / steps))
         optimiser.param_groups[0]["lr"] = learning_rate * min((step + 1) / warm_up, decay)
@@ -65,9 +61,7 @@ def optimise(
         value.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
-        losses.append(value.item())
-        on_step(losses[-1])
-    return losses
+        on_step(value.item())
 
 
 def single_shot_loss(dit: nn.Module, clips: Clips, *, batch: int) -> StepLoss:
