@@ -6,7 +6,7 @@ after. Everything between is the engine's (:mod:`lct_core.scene_model`): coordin
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -47,6 +47,48 @@ class ShotInput:
     latents: Float[Tensor, "batch channels frames height width"] = None  # type: ignore[assignment]  # filled in by then
     extras: Mapping[str, Any] = field(default_factory=dict)
     role: Role = "shot"
+
+    def to(self, device: torch.device | str) -> "ShotInput":
+        """The same shot on a device, extras that are tensors included."""
+        return replace(
+            self,
+            latents=None if self.latents is None else self.latents.to(device),
+            text=self.text.to(device),
+            extras={name: x.to(device) if isinstance(x, Tensor) else x for name, x in self.extras.items()},
+        )
+
+
+def batch_shots(shots: Sequence[ShotInput]) -> ShotInput:
+    """One shot of several scenes as a batch.
+
+    Args:
+        shots: Of one role, with latents of one shape (or all without) and texts of one length; extras that are tensors
+            are joined too, others must be equal.
+
+    Raises:
+        ValueError: for shots that don't fit in one batch.
+    """
+    first = shots[0]
+    kinds = {(s.role, s.text.shape[1:], None if s.latents is None else s.latents.shape[1:], *s.extras) for s in shots}
+    if len(kinds) != 1:
+        raise ValueError(
+            f"shots: got roles, texts and latents of {sorted(map(str, kinds))}, expected all alike: entries of a batch "
+            "share one layout; put others side by side in a row"
+        )
+    return replace(
+        first,
+        latents=None if first.latents is None else torch.cat([s.latents for s in shots]),
+        text=torch.cat([s.text for s in shots]),
+        extras={name: _batched(name, [s.extras[name] for s in shots]) for name in first.extras},
+    )
+
+
+def _batched(name: str, values: Sequence[Any]) -> Any:
+    if isinstance(values[0], Tensor):
+        return torch.cat(list(values))
+    if any(value != values[0] for value in values):
+        raise ValueError(f"extras: {name} is {values}, expected one value for all entries of a batch")
+    return values[0]
 
 
 @dataclass

@@ -251,9 +251,14 @@ def shot_noise(
     key = {"seed": seed, "step": step, "scene": scene, "shot": shot}
     for name, value in key.items():
         _check_int(name, value)
-    digest = blake2b(repr(tuple(key.values())).encode(), digest_size=4).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+    generator = keyed_generator(*key.values())
     return torch.randn(tuple(shape), generator=generator, dtype=torch.float32).to(device, dtype)
+
+
+def keyed_generator(*key: int | str) -> torch.Generator:
+    """A CPU generator that is the same for the same key, in any process (its seed is a hash of the key, 32 bits)."""
+    digest = blake2b(repr(key).encode(), digest_size=4).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
 
 
 def check_generator(generator: torch.Generator) -> None:

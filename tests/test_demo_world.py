@@ -1,4 +1,4 @@
-"""The demo's world, its measures and its contact sheet."""
+"""The demo's world and its measures."""
 
 from dataclasses import replace
 from itertools import product
@@ -6,31 +6,48 @@ from pathlib import Path
 
 import pytest
 import torch
+from einops import reduce
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.colors import CSS4_COLORS
 
-from lct_core.data import Clip, read_scene, write_scene
-from lct_core.demo.metrics import AppearanceError, adherence, appearance, appearance_error, segment
-from lct_core.demo.sheet import SceneRows, contact_sheet
+from lct_core.codec import LinearCodec
+from lct_core.data import VideoScene, read_scene, write_scene
+from lct_core.demo.metrics import (
+    AppearanceError,
+    adherence,
+    appearance,
+    appearance_error,
+    composition_error,
+    drift,
+    segment,
+)
 from lct_core.demo.world import (
+    ENVIRONMENT_TEXT,
     FRAMINGS,
     MOTIONS,
     POSITIONS,
+    PROMPT_LENGTH,
     SHAPES,
     VOCABULARY,
     Scene,
     ShotDescription,
     character_mask,
+    environment_image,
+    identity_image,
+    identity_text,
     parse,
     render,
     sample_scene,
-    tokenize,
 )
+from lct_core.script import SHOT_CUT, parse_script
 
 EVERY_SHOT = [ShotDescription(*values) for values in product(FRAMINGS, SHAPES, POSITIONS, MOTIONS)]
 
 shots = st.sampled_from(EVERY_SHOT)
 seeds = st.integers(0, 2**32)
+
+CODEC = LinearCodec(mean=torch.zeros(3), components=torch.eye(3), vocabulary=VOCABULARY)
 
 
 def scene_of(seed: int, num_shots: int = 4) -> Scene:
@@ -40,32 +57,61 @@ def scene_of(seed: int, num_shots: int = 4) -> Scene:
 @given(shots)
 def test_text_and_description_are_inverse(shot: ShotDescription) -> None:
     assert parse(shot.text) == shot
-    assert parse(f" {shot.text}\n") == shot
+    assert parse(f" {SHOT_CUT} {shot.text}\n") == shot
 
 
 def test_texts_are_sentences_in_the_papers_wording() -> None:
     shot = ShotDescription("Close up", "square", "on the left", "moving up")
-    assert shot.text == "[SHOT CUT] Close up of Character 1, a square, on the left, moving up."
+    assert shot.text == "Close up of Character 1, a square, on the left, moving up."
     assert len({shot.text for shot in EVERY_SHOT}) == 54
 
 
-@given(shots)
-def test_tokens_are_the_words_of_the_text(shot: ShotDescription) -> None:
-    tokens = tokenize(shot.text)
-    assert tokens.shape == (6, len(VOCABULARY)) == (6, 13)
-    assert torch.equal(tokens.sum(1), torch.ones(6))
-    words = [VOCABULARY[i] for i in tokens.argmax(1)]
-    assert words == sorted(words, key=shot.text.index)
+def test_the_script_is_in_the_papers_format() -> None:
+    script = Scene((1, 0, 0), (0, 0, 0), (EVERY_SHOT[0], EVERY_SHOT[1])).script
+    assert script.global_prompt() == (
+        "Character 1: A square of one colour. A wall of another colour. Character 1 moves about."
+    )
+    assert script.shot_prompts() == tuple(f"[SHOT CUT] {shot.text}" for shot in EVERY_SHOT[:2])
+    assert parse_script(script.render()) == script
+
+
+@given(seeds, st.integers(1, 9))
+def test_every_prompt_is_made_of_phrases(seed: int, num_shots: int) -> None:
+    scene = scene_of(seed, num_shots)
+    marked, whole = scene.script.shot_prompts(), scene.script.global_prompt()
+    brief = scene.script.global_prompt(storyline=False)
+    for prompt, length in {
+        **dict.fromkeys(marked, PROMPT_LENGTH),
+        **dict.fromkeys(scene.texts, PROMPT_LENGTH - 1),
+        whole: PROMPT_LENGTH,
+        brief: PROMPT_LENGTH - 2,
+        f"{SHOT_CUT} {identity_text(scene)}": PROMPT_LENGTH,
+        f"{SHOT_CUT} {ENVIRONMENT_TEXT}": 3,
+    }.items():
+        tokens = CODEC.text(prompt)
+        assert tokens.shape == (length, len(VOCABULARY))
+        told = " ".join(VOCABULARY[i] for i in tokens.argmax(1)).lower()
+        assert told == prompt.lower().translate(str.maketrans("", "", ".,:"))
+
+
+def test_prompts_use_the_whole_vocabulary() -> None:
+    scripts = [scene_of(seed).script for seed in range(30)]
+    prompts = {prompt for script in scripts for prompt in (script.global_prompt(), *script.shot_prompts())}
+    assert torch.cat([CODEC.text(prompt) for prompt in prompts]).any(0).all()
+    assert len(VOCABULARY) == 16
+
+
+def test_no_phrase_is_a_colour() -> None:
+    words = {word for phrase in VOCABULARY for word in phrase.lower().split()}
+    assert not words & {*CSS4_COLORS, "dark", "light", "bright", "dull", "pale", "grey", "hue"}
 
 
 @pytest.mark.parametrize(
-    "text", ["", "A red square.", "[SHOT CUT] Close up of Character 2, a square, on the left, moving up."]
+    "text", ["", SHOT_CUT, "A red square.", "Close up of Character 2, a square, on the left, moving up."]
 )
 def test_other_texts_are_refused(text: str) -> None:
-    for function in (parse, tokenize, lambda text: character_mask(text, size=24)):
-        with pytest.raises(
-            ValueError, match=r"text: got .*expected '\[SHOT CUT\] \{framing\}.*framing: Close up, Medium"
-        ):
+    for function in (parse, lambda text: character_mask(text, size=24)):
+        with pytest.raises(ValueError, match=r"text: got .*expected '\{framing\} of .*framing: Close up, Medium"):
             function(text)
 
 
@@ -74,6 +120,11 @@ def test_other_attributes_are_refused() -> None:
         ShotDescription("Close up", "star", "on the left", "moving up")
     with pytest.raises(ValueError, match="num_shots: got 0, expected at least 1"):
         scene_of(0, 0)
+    square, disc = (ShotDescription("Close up", shape, "on the left", "moving up") for shape in SHAPES)
+    with pytest.raises(ValueError, match="shots: got shots of a disc and a square, expected at least one, all of one"):
+        Scene((1, 0, 0), (0, 0, 0), (square, disc))
+    with pytest.raises(ValueError, match="shots: got no shot, expected at least one"):
+        Scene((1, 0, 0), (0, 0, 0), ())
 
 
 @given(seeds, st.integers(1, 9))
@@ -102,12 +153,11 @@ def test_character_and_background_are_well_separated(seed: int) -> None:
 
 
 @given(seeds, seeds)
-def test_texts_do_not_tell_colours(one: int, other: int) -> None:
+def test_prompts_do_not_tell_colours(one: int, other: int) -> None:
     scene = scene_of(one)
     recoloured = replace(scene, character=scene_of(other).character, background=scene_of(other).background)
-    assert recoloured.texts == scene.texts
-    words = {word for text in scene.texts for word, hot in zip(VOCABULARY, tokenize(text).sum(0), strict=True) if hot}
-    assert words <= set(VOCABULARY)
+    assert recoloured.script == scene.script
+    assert identity_text(recoloured) == identity_text(scene)
     assert torch.equal(character_mask(recoloured.texts[0], size=24), character_mask(scene.shots[0], size=24))
 
 
@@ -150,7 +200,7 @@ def test_rendering_is_the_same_picture_at_any_size() -> None:
     small, large = render(scene, size=24), render(scene, size=96)
     assert small.shape == (4, 3, 4, 24, 24)
     assert small.dtype == torch.float32
-    averaged = large.unflatten(4, (24, 4)).unflatten(3, (24, 4)).mean((4, 6))
+    averaged = reduce(large, "k c t (y p) (x q) -> k c t y x", "mean", p=4, q=4)
     torch.testing.assert_close(averaged, small, atol=0.03, rtol=0)
     assert (averaged - small).abs().mean() < 1e-3
 
@@ -160,7 +210,7 @@ def test_rendering_is_the_same_picture_at_any_size() -> None:
 def test_ground_truth_is_perfect(seed: int) -> None:
     scene = scene_of(seed)
     frames = render(scene, size=24)
-    assert appearance_error(frames, scene.texts).total < 1e-3
+    assert appearance_error(list(frames), scene.texts).total < 1e-3
     assert all(adherence(shot, text) == 1 for shot, text in zip(frames, scene.texts, strict=True))
     character, background = appearance(frames[0], character_mask(scene.texts[0], size=24))
     torch.testing.assert_close(character, torch.tensor(scene.character), atol=6e-3, rtol=0)
@@ -170,13 +220,38 @@ def test_ground_truth_is_perfect(seed: int) -> None:
 def test_ground_truth_survives_files(tmp_path: Path) -> None:
     for seed in range(6):
         scene, folder = scene_of(seed), tmp_path / str(seed)
-        write_scene(folder, [Clip(*shot) for shot in zip(scene.texts, render(scene, size=192), strict=True)], fps=12)
-        clips = read_scene(folder, area=24 * 24, fps=12)
-        frames, texts = [clip.frames for clip in clips], [clip.text for clip in clips]
-        assert texts == list(scene.texts)
-        assert appearance_error(frames, texts).total < 0.01
-        assert min(adherence(shot, text) for shot, text in zip(frames, texts, strict=True)) > 0.95
-        assert (torch.stack(frames) - render(scene, size=24)).abs().mean() * 255 < 1
+        write_scene(folder, VideoScene(script=scene.script, shots=tuple(render(scene, size=192))), fps=12)
+        read = read_scene(folder, area=24 * 24, fps=12)
+        assert read.script == scene.script
+        assert appearance_error(read.shots, scene.texts).total < 0.01
+        assert min(adherence(*shot) for shot in zip(read.shots, read.script.shot_prompts(), strict=True)) > 0.95
+        assert (torch.stack(read.shots) - render(scene, size=24)).abs().mean() * 255 < 1
+
+
+@given(seeds)
+@settings(deadline=None, max_examples=20)
+def test_identity_images_show_the_character_alone(seed: int) -> None:
+    scene = scene_of(seed)
+    image = identity_image(scene, size=24)
+    assert image.shape == (3, 1, 24, 24)
+    assert adherence(image, identity_text(scene)) == 1
+    character, wall = appearance(image, character_mask(identity_text(scene), size=24, frames=1))
+    torch.testing.assert_close(character, torch.tensor(scene.character), atol=6e-3, rtol=0)
+    torch.testing.assert_close(wall, wall[:1].expand(3))  # grey
+    assert torch.equal(image, identity_image(replace(scene, background=(0, 1, 0)), size=24))
+
+
+@given(seeds)
+@settings(deadline=None, max_examples=20)
+def test_environment_images_show_the_wall_alone(seed: int) -> None:
+    scene = scene_of(seed)
+    image = environment_image(scene, size=24)
+    assert image.shape == (3, 1, 24, 24)
+    torch.testing.assert_close(image.mean((1, 2, 3)), torch.tensor(scene.background))
+    assert not segment(image).any()
+    shots = render(scene, size=24, frames=1)[0]
+    free = character_mask(scene.shots[0], size=24, frames=1) == 0
+    assert torch.equal(image[:, free], shots[:, free])  # the wall that stands behind the character
 
 
 def test_scrambled_colours_are_found() -> None:
@@ -229,6 +304,26 @@ def test_appearance_error_is_the_mean_distance_to_the_mean() -> None:
     assert isinstance(error, AppearanceError)
 
 
+def test_drift_is_the_distance_to_the_first_shot() -> None:
+    shot, other = EVERY_SHOT[:2]
+    red, green = (Scene(colour, (0.2, 0.2, 0.2), (shot, other)) for colour in ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0)))
+    frames = [*render(red, size=24), render(green, size=24)[0], render(red, size=24)[0] + 0.1]
+    texts = [shot.text, other.text, f"{SHOT_CUT} {shot.text}", shot.text]
+    assert drift(frames, texts) == pytest.approx([0, 0, 2**0.5, 2 * 0.03**0.5], abs=5e-3)
+    with pytest.raises(ValueError, match="texts: got 1 for 4 shots, expected one per shot"):
+        drift(frames, texts[:1])
+
+
+def test_composition_error_is_the_distance_to_what_was_given() -> None:
+    scene = Scene((1.0, 0.0, 0.0), (0.2, 0.2, 0.2), (EVERY_SHOT[0],))
+    frames, text = render(scene, size=24)[0], scene.script.shot_prompts()[0]
+    given = composition_error(frames, text, identity=scene.character, environment=scene.background)
+    assert given == pytest.approx((0, 0), abs=5e-3)
+    wrong = composition_error(frames, text, identity=(0.0, 1.0, 0.0), environment=(0.2, 0.2, 0.5))
+    assert wrong == pytest.approx((2**0.5, 0.3), abs=5e-3)
+    assert isinstance(wrong, AppearanceError)
+
+
 def test_measures_refuse_what_does_not_fit() -> None:
     text, frames = EVERY_SHOT[0].text, torch.zeros(3, 4, 24, 24)
     with pytest.raises(ValueError, match="texts: got 1 for 2 shots, expected one per shot"):
@@ -245,22 +340,3 @@ def test_measures_refuse_what_does_not_fit() -> None:
         appearance(frames, torch.zeros(4, 24, 24))
     with pytest.raises(ValueError, match="is all background"):
         appearance(frames, torch.ones(4, 24, 24))
-
-
-def test_contact_sheet(tmp_path: Path) -> None:
-    scenes = [scene_of(0, 3), scene_of(1, 2)]
-    rows = [
-        SceneRows(
-            scene.texts, {"training data": render(scene, size=24), "noise": torch.randn(len(scene.shots), 3, 1, 24, 24)}
-        )
-        for scene in scenes
-    ]
-    contact_sheet(tmp_path / "sheet.png", rows, title="Two scenes")
-    assert (tmp_path / "sheet.png").read_bytes().startswith(b"\x89PNG")
-    contact_sheet(tmp_path / "plain.png", rows[:1])
-    with pytest.raises(ValueError, match="scenes: got nothing to show"):
-        contact_sheet(tmp_path / "none.png", [])
-    with pytest.raises(
-        ValueError, match=r"row 'short' of scene 0 \(counting from 0\) has 1 shots, expected one for each of its 3"
-    ):
-        contact_sheet(tmp_path / "none.png", [SceneRows(scenes[0].texts, {"short": render(scenes[0], size=24)[:1]})])

@@ -46,6 +46,8 @@ class MMDiT(nn.Module):
         patch: Latent ``(frames, height, width)`` that make one token (default: upstream, no patching in time).
         mlp_ratio: Hidden channels of the MLP over ``width`` (default: upstream).
         theta: Base of the RoPE periods (default: upstream).
+        places: Whether video tokens also get a fixed sine-cosine embedding of their place in their own shot, as SD3's
+            do (default: paper, which names RoPE alone). A small model learns faster where things belong.
     """
 
     def __init__(
@@ -59,12 +61,13 @@ class MMDiT(nn.Module):
         patch: tuple[int, int, int] = (1, 2, 2),
         mlp_ratio: float = 4.0,
         theta: float = 10_000.0,
+        places: bool = False,
     ) -> None:
         super().__init__()
         if width % (2 * heads):
             raise ValueError(f"width: got {width}, expected a multiple of {2 * heads}: {heads} heads of an even size")
         self.channels, self.text_width, self.heads, self.patch, self.theta = channels, text_width, heads, patch, theta
-        self.head_dim = width // heads
+        self.width, self.head_dim, self.places = width, width // heads, places
         tokens = channels * patch[0] * patch[1] * patch[2]
         self.video_in = nn.Linear(tokens, width)
         self.text_in = nn.Linear(text_width, width)
@@ -83,9 +86,9 @@ class MMDiT(nn.Module):
     ) -> Float[Tensor, "batch channels frames height width"]:
         """The velocity of one shot (Eq. 1) at a timestep between 0, clean, and 1000, noise."""
         text, video, condition = self.embed(latents, timestep, text)
-        grid = [size // patch for size, patch in zip(latents.shape[2:], self.patch, strict=True)]
-        cells = torch.cartesian_prod(*(torch.arange(n, dtype=torch.float64) for n in grid)).view(-1, 3)
-        coords = torch.cat([cells.new_zeros(text.shape[1], 3), cells]).to(latents.device)
+        grid = self.grid(latents)
+        cells = _cells(grid, latents.device)
+        coords = torch.cat([cells.new_zeros(text.shape[1], 3), cells])
         by = rotation(self.angles(coords), pairing="interleaved")
         for block in self.blocks:
             text, video = block(text, video, condition, by)
@@ -100,12 +103,24 @@ class MMDiT(nn.Module):
         frequencies = torch.logspace(0, -4, 129, dtype=torch.float64, device=timestep.device)[:-1]
         phases = timestep[:, None].double() * frequencies
         waves = torch.cat([phases.cos(), phases.sin()], dim=-1).to(self.video_in.weight.dtype)
-        return self.text_in(text), self.video_in(patches), F.silu(self.time_in(waves))[:, None]
+        video = self.video_in(patches)
+        if self.places:
+            places = self._axis_angles(_cells(self.grid(latents), latents.device), self.width)
+            video = video + torch.cat([places.cos(), places.sin()], dim=-1).flatten(1).to(video.dtype)
+        return self.text_in(text), video, F.silu(self.time_in(waves))[:, None]
+
+    def grid(self, latents: Tensor) -> list[int]:
+        """Frames, rows and columns of tokens that latents make."""
+        return [size // patch for size, patch in zip(latents.shape[2:], self.patch, strict=True)]
 
     def angles(self, coords: Float[Tensor, "tokens 3"]) -> Float[Tensor, "tokens 1 pairs"]:
-        """RoPE angles, float64; a head's channels are shared out evenly among frames, height and width."""
-        side = 2 * (self.head_dim // 6)
-        return angles(coords, axis_frequencies((self.head_dim - 2 * side, side, side), theta=self.theta))
+        """RoPE angles, float64."""
+        return self._axis_angles(coords, self.head_dim)
+
+    def _axis_angles(self, coords: Tensor, channels: int) -> Float[Tensor, "tokens 1 pairs"]:
+        """Channels are shared out evenly among frames, height and width, two for each angle."""
+        side = 2 * (channels // 6)
+        return angles(coords, axis_frequencies((channels - 2 * side, side, side), theta=self.theta))
 
     def head(self, video: Tensor, condition: Tensor) -> Float[Tensor, "batch video patch"]:
         """The final layer."""
@@ -207,6 +222,11 @@ def tiny() -> MMDiT:
         for parameter in model.parameters():
             parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
     return model
+
+
+def _cells(grid: Sequence[int], device: torch.device) -> Float[Tensor, "tokens 3"]:
+    """Frame, row and column of every video token, float64."""
+    return torch.cartesian_prod(*(torch.arange(n, dtype=torch.float64, device=device) for n in grid)).view(-1, 3)
 
 
 def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import click
 
-from lct_core.cli import backbones, conformance, demo, inspect, kernels
+from lct_core.cli import backbones, conformance, demo, generate, inspect, kernels, tune
 from lct_core.plugins import PluginError
 
 
@@ -15,7 +15,7 @@ class _Lct(click.Group):
     def invoke(self, ctx: click.Context) -> object:
         try:
             return super().invoke(ctx)
-        except (ValueError, PluginError) as error:
+        except (ValueError, OSError, ImportError, PluginError) as error:
             raise click.UsageError(str(error), self._place(ctx)) from error
         except click.UsageError as error:
             error.ctx = error.ctx or self._place(ctx)
@@ -30,7 +30,7 @@ class _Lct(click.Group):
 @click.version_option(package_name="lct-core", prog_name="lct", message="%(prog)s %(version)s")
 @click.pass_context
 def lct(ctx: click.Context) -> None:
-    """Long Context Tuning: see it work, look at scenes, backbones and kernels.
+    """Long Context Tuning: see it work, tune, generate, look at scenes, backbones and kernels.
 
     \b
     Example:
@@ -44,6 +44,8 @@ lct.add_command(inspect.command)
 lct.add_command(backbones.command)
 lct.add_command(kernels.command)
 lct.add_command(conformance.command)
+lct.add_command(tune.command)
+lct.add_command(generate.command)
 lct.add_command(demo.command)
 
 

@@ -1,11 +1,6 @@
 """``lct conformance``: measure what must hold on one's own model or adapter."""
 
-import importlib
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from operator import attrgetter
-from pathlib import Path
+from collections.abc import Callable
 from typing import get_args
 
 import click
@@ -13,6 +8,7 @@ import torch
 from torch import nn
 
 from lct_core.backbone import Backbone
+from lct_core.cli.factory import call, current_folder_on_path, load
 from lct_core.coordinates import Scheme
 from lct_core.plugins import registry
 
@@ -45,7 +41,7 @@ def command(ctx: click.Context, factory: str, schemes: tuple[Scheme, ...], dtype
     """
     from lct_core.testing.conformance import conformance
 
-    with _current_folder_on_path():
+    with current_folder_on_path():
         make = load_factory(factory)
         findings = []
         for finding in conformance(
@@ -69,35 +65,10 @@ def load_factory(name: str) -> Callable[[], nn.Module | Backbone]:
     """Import ``MODULE:FACTORY`` and try it once.
 
     Raises:
-        ValueError: where there is no such module, no such attribute, it cannot be called, it fails, or no installed
-            backbone handles what it returns.
+        ValueError: where it can't be imported or called, or no installed backbone handles what it returns.
     """
-    module_name, colon, attribute = name.partition(":")
-    if not (colon and all(part.isidentifier() for part in (*module_name.split("."), *attribute.split(".")))):
-        raise ValueError(f"MODULE:FACTORY: got {name!r}, expected a module and a function in it, like my_adapter:make")
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:  # whatever the module does while it is imported
-        if isinstance(error, ModuleNotFoundError) and error.name and f"{module_name}.".startswith(f"{error.name}."):
-            raise ValueError(
-                f"MODULE:FACTORY: got {name!r}, but there is no module {error.name!r} here or installed"
-            ) from error
-        raise ValueError(f"MODULE:FACTORY: importing {module_name} raised {_described(error)}") from error
-    try:
-        factory = attrgetter(attribute)(module)
-    except AttributeError:
-        public = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise ValueError(
-            f"MODULE:FACTORY: got {name!r}, but {module_name} has no {attribute!r}; what it has to call: {public}"
-        ) from None
-    if not callable(factory):
-        raise ValueError(
-            f"MODULE:FACTORY: {name} is a {type(factory).__name__}, expected a function that takes no argument"
-        )
-    try:
-        made = factory()
-    except Exception as error:  # whatever the factory does
-        raise ValueError(f"MODULE:FACTORY: {name}() raised {_described(error)}") from error
+    factory = load(name)
+    made = call(factory, name)
     if not isinstance(made, nn.Module | Backbone):
         raise ValueError(
             f"MODULE:FACTORY: {name}() returned a {type(made).__name__}, expected a model (nn.Module) or an adapter "
@@ -106,17 +77,3 @@ def load_factory(name: str) -> Callable[[], nn.Module | Backbone]:
     if isinstance(made, nn.Module):
         registry().adapter(made)
     return factory
-
-
-def _described(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
-
-
-@contextmanager
-def _current_folder_on_path() -> Iterator[None]:
-    before = [*sys.path]
-    sys.path.insert(0, str(Path.cwd()))
-    try:
-        yield
-    finally:
-        sys.path[:] = before

@@ -9,6 +9,22 @@ import torch
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 COUNT = click.IntRange(1, 10**9)
+POSITIVE = click.FloatRange(min=0, min_open=True)
+
+seed = click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of all randomness.")
+
+
+def _device(ctx: click.Context, option: click.Parameter, value: str) -> torch.device:
+    try:
+        torch.empty(0, device=value)
+    except (RuntimeError, AssertionError) as error:  # an unknown name; one that this machine or build has not
+        raise ValueError(f"--device: got {value!r}, which torch can't use here: {error}") from error
+    return torch.device(value)
+
+
+device = click.option(
+    "--device", default="cpu", show_default=True, callback=_device, help="Where the model runs: cpu, cuda, cuda:1, ..."
+)
 
 
 def heads(function: Callable[..., Any]) -> Callable[..., Any]:

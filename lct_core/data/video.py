@@ -1,6 +1,6 @@
-"""Video files to frames and back: RGB in [0, 1], ``[channels, frames, height, width]``.
+"""Video and image files to frames and back: RGB in [0, 1], ``[channels, frames, height, width]``.
 
-PyAV does the work. It is imported when a file is read or written, not before.
+An image is one frame. PyAV does the work. It is imported when a file is read or written, not before.
 """
 
 from collections.abc import Iterable, Iterator
@@ -41,7 +41,7 @@ def write_video(path: str | Path, frames: Float[Tensor, "3 frames height width"]
         ValueError: frames of another shape, type or value range, or a rate that is not positive.
     """
     av = _import_av()
-    if frames.ndim != 4 or frames.shape[0] != 3 or 0 in frames.shape or not frames.is_floating_point():
+    if not are_frames(frames):
         raise ValueError(
             f"frames: got shape {list(frames.shape)} of {frames.dtype} for {path}, "
             "expected floating point [3, frames, height, width] with at least one frame"
@@ -52,16 +52,9 @@ def write_video(path: str | Path, frames: Float[Tensor, "3 frames height width"]
             f"frames: got height {height} and width {width} for {path}, expected even numbers (H.264 stores colour "
             "for 2 x 2 pixels); crop or pad by one pixel, or read with multiple=2"
         )
-    rgb = frames.detach().float().cpu().numpy()
-    low, high = rgb.min(), rgb.max()
-    if not (low >= 0 and high <= 1):
-        raise ValueError(
-            f"frames: got values from {low:.4g} to {high:.4g} for {path}, expected RGB in [0, 1]; "
-            "rescale, or frames.clamp(0, 1) if they are a model's"
-        )
+    images = _to_bytes(frames, name="frames", path=path)
     rate = _rate(fps)
-    images = np.ascontiguousarray(np.rint(rgb * 255).astype(np.uint8).transpose(1, 2, 3, 0))
-    with av.open(str(path), "w", format="mp4") as container:
+    with av.open(f"file:{path}", "w", format="mp4") as container:
         stream = container.add_stream(_CODEC, rate=rate, options=_OPTIONS)
         stream.height, stream.width, stream.pix_fmt = height, width, _PIXELS
         codec = stream.codec_context
@@ -82,6 +75,33 @@ def write_video(path: str | Path, frames: Float[Tensor, "3 frames height width"]
         container.mux(stream.encode(None))
 
 
+def write_image(path: str | Path, frame: Float[Tensor, "3 1 height width"] | Float[Tensor, "3 height width"]) -> None:
+    """Write one frame as a PNG file of 8 bits per colour: ``read_image`` gives it back, rounded to 1/255.
+
+    Args:
+        path: File to write, its name ending in ``.png``; one that is there is replaced. The folder must exist.
+        frame: RGB in [0, 1], floating point.
+
+    Raises:
+        ImportError: PyAV is not installed.
+        ValueError: another ending, or a frame of another shape, type or value range.
+    """
+    av = _import_av()
+    path = Path(path)
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"path: got {path}, expected a name that ends in .png (lossless), the format that is written")
+    frames = frame[:, None] if frame.ndim == 3 else frame
+    if not are_frames(frames) or frames.shape[1] != 1:
+        raise ValueError(
+            f"frame: got shape {list(frame.shape)} of {frame.dtype} for {path}, "
+            "expected floating point [3, 1, height, width] or [3, height, width]; write_video writes several frames"
+        )
+    picture = av.VideoFrame.from_ndarray(_to_bytes(frames, name="frame", path=path)[0], format="rgb24")
+    codec = av.CodecContext.create("png", "w")
+    codec.width, codec.height, codec.pix_fmt, codec.time_base = picture.width, picture.height, "rgb24", Fraction(1)
+    path.write_bytes(b"".join(bytes(packet) for packet in [*codec.encode(picture), *codec.encode(None)]))
+
+
 def read_video(
     path: str | Path,
     *,
@@ -93,7 +113,7 @@ def read_video(
     """Read the first video stream of a file as float32 RGB in [0, 1].
 
     Frames are resized by exact area averaging, one by one as they are decoded, so memory holds the small frames only.
-    Rotation that a file asks its player for (phones) is applied.
+    Rotation that a file asks its player for (phones) is applied, mirroring is not.
 
     Args:
         path: Any file that FFmpeg decodes.
@@ -109,24 +129,111 @@ def read_video(
         ImportError: PyAV is not installed.
         FileNotFoundError: there is no such file.
         ValueError: an argument out of range; a file that can't be decoded, or has no video, no frame, more than
-            ``max_frames`` frames, or pixels that are not square.
+            ``max_frames`` frames, transparent pixels, or pixels that are not square.
     """
-    av = _import_av()
+    check_reading(area=area, multiple=multiple, fps=fps, max_frames=max_frames)
+    at = "" if fps is None else f" at {fps:g} frames per second"
+    return _read(
+        Path(path),
+        what="a video",
+        area=area,
+        multiple=multiple,
+        rate=None if fps is None else _rate(fps),
+        max_frames=max_frames,
+        too_many=f"more than {max_frames} frames{at}, expected at most max_frames={max_frames}; "
+        "cut the shot, sample at a lower fps, or raise max_frames",
+        options={},  # leave damage to FFmpeg, which repairs what it can
+    )
+
+
+def read_image(path: str | Path, *, area: int | None = None, multiple: int = 1) -> Float[Tensor, "3 1 height width"]:
+    """Read a PNG, JPEG or WebP file as one frame of float32 RGB in [0, 1].
+
+    As in ``read_video``, the frame is resized by exact area averaging, and rotation that the file asks its viewer for
+    (EXIF, phones) is applied, mirroring is not. Colours are taken as they are stored, at 8 bits: ICC profiles are not
+    applied. Grey becomes RGB; an alpha channel must be opaque.
+
+    Args:
+        path: An image that FFmpeg decodes.
+        area: Pixels to shrink to, see ``read_video``.
+        multiple: What height and width are a multiple of, see ``read_video``.
+
+    Raises:
+        ImportError: PyAV is not installed.
+        FileNotFoundError: there is no such file.
+        ValueError: an argument out of range; a file that can't be decoded, is cut off, or has no picture, more than one
+            (a video or an animation), transparent pixels, or pixels that are not square.
+    """
+    check_reading(area=area, multiple=multiple)
     path = Path(path)
+    frame = _read(
+        path,
+        what="an image",
+        area=area,
+        multiple=multiple,
+        rate=None,
+        max_frames=1,
+        too_many="more than one frame, expected an image; read_video reads videos and animations",
+        options={"err_detect": "explode"},  # else FFmpeg paints over what is damaged
+    )
+    if _is_jpeg_cut_off(path.read_bytes()):
+        raise ValueError(
+            f"{path}: can't be decoded as an image (the end of the JPEG is missing); is the file complete?"
+        )
+    return frame
+
+
+def check_reading(
+    *, area: int | None = None, multiple: int = 1, fps: float | None = None, max_frames: int = 125
+) -> None:
+    """Raise a ValueError if one of the arguments of ``read_video`` is out of range."""
     for name, value in {"area": area, "multiple": multiple, "max_frames": max_frames}.items():
         if value is not None and value < 1:
             raise ValueError(f"{name}: got {value}, expected at least 1")
-    rate = None if fps is None else _rate(fps)
+    if fps is not None:
+        _rate(fps)
+
+
+def are_frames(frames: Tensor) -> bool:
+    """Whether a tensor is floating point and ``[3, frames, height, width]``, without an empty axis."""
+    return frames.ndim == 4 and frames.shape[0] == 3 and 0 not in frames.shape and frames.is_floating_point()
+
+
+def _to_bytes(frames: Tensor, *, name: str, path: str | Path) -> UInt8[np.ndarray, "frames height width 3"]:
+    rgb = frames.detach().float().cpu().numpy()
+    low, high = rgb.min(), rgb.max()
+    if not (low >= 0 and high <= 1):
+        raise ValueError(
+            f"{name}: got values from {low:.4g} to {high:.4g} for {path}, expected RGB in [0, 1]; "
+            f"rescale, or {name}.clamp(0, 1) if they are a model's"
+        )
+    return np.ascontiguousarray(np.rint(rgb * 255).astype(np.uint8).transpose(1, 2, 3, 0))
+
+
+def _read(
+    path: Path,
+    *,
+    what: str,
+    area: int | None,
+    multiple: int,
+    rate: Fraction | None,
+    max_frames: int,
+    too_many: str,
+    options: dict[str, str],
+) -> Float[Tensor, "3 frames height width"]:
+    av = _import_av()
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file, expected a video")
+        raise FileNotFoundError(f"{path}: no such file, expected {what}")
     frames: list[np.ndarray] = []
     try:
-        with av.open(str(path)) as container:
+        # FFmpeg would take some names for a protocol's ("pipe:1") or, of images, for a pattern ("%d.png").
+        with av.open(f"file:{path}", options={"pattern_type": "none"}) as container:
             if not container.streams.video:
                 kinds = ", ".join(sorted({stream.type for stream in container.streams})) or "none"
-                raise ValueError(f"{path}: no video stream (streams found: {kinds}), expected a video")
+                raise ValueError(f"{path}: no video stream (streams found: {kinds}), expected {what}")
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
+            stream.codec_context.options = options
             if (stream.sample_aspect_ratio or 1) != 1:
                 raise ValueError(
                     f"{path}: pixels are {stream.sample_aspect_ratio} times as wide as high, expected square ones; "
@@ -138,24 +245,36 @@ def read_video(
             reformatter = av.video.reformatter.VideoReformatter()  # one per file: it is costly to set up
             for frame in decoded:
                 if len(frames) == max_frames:
-                    at = "" if fps is None else f" at {fps:g} frames per second"
+                    raise ValueError(f"{path}: {too_many}")
+                image = _rgb(frame, reformatter)
+                if image is None:
                     raise ValueError(
-                        f"{path}: more than {max_frames} frames{at}, expected at most max_frames={max_frames}; "
-                        "cut the shot, sample at a lower fps, or raise max_frames"
+                        f"{path}: has transparent pixels, expected opaque ones; flatten it onto a background first"
                     )
-                frames.append(_resize(_rgb(frame, reformatter), area=area, multiple=multiple))
+                frames.append(_resize(image, area=area, multiple=multiple))
     except av.FFmpegError as error:
-        raise ValueError(f"{path}: can't be decoded as a video ({error}); is the file complete?") from error
+        raise ValueError(f"{path}: can't be decoded as {what} ({error}); is the file complete?") from error
     if not frames:
         raise ValueError(f"{path}: the video stream has no frame, expected at least one")
     return torch.from_numpy(np.stack(frames)).permute(3, 0, 1, 2).contiguous() / 255
+
+
+def _is_jpeg_cut_off(data: bytes) -> bool:
+    """Whether a JPEG lacks its end, which FFmpeg doesn't mind. Thumbnails, in the segments before, have their own."""
+    if data[:2] != b"\xff\xd8":
+        return False
+    at = 2
+    while data[at + 1 : at + 2] not in (b"\xda", b""):  # until the scan starts, or the data ends
+        filler = data[at + 1] == 0xFF
+        at += 1 if filler else 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return b"\xff\xd9" not in data[at:]
 
 
 def _import_av() -> ModuleType:
     try:
         import av
     except ImportError as error:
-        raise ImportError("reading and writing video needs PyAV: pip install lct-core[video]") from error
+        raise ImportError("reading and writing videos and images needs PyAV: pip install lct-core[video]") from error
     return av
 
 
@@ -184,16 +303,21 @@ def _sample(frames: Iterable[Any], *, fps: Fraction, shown_for: Fraction) -> Ite
 # The work per frame is NumPy's: tiny parallel regions, frame after frame, bring PyTorch to a halt on a busy machine.
 
 
-def _rgb(frame: Any, reformatter: Any) -> UInt8[np.ndarray, "height width 3"]:
+def _rgb(frame: Any, reformatter: Any) -> UInt8[np.ndarray, "height width 3"] | None:
+    """Turn a decoded frame into an upright RGB image; None if it has pixels that are not opaque."""
+    has_alpha = frame.format.has_palette or any(component.is_alpha for component in frame.format.components)
     converted = reformatter.reformat(
         frame,
-        format="rgb24",
+        format="rgba" if has_alpha else "rgb24",
         src_colorspace=frame.colorspace,
         src_color_range=frame.color_range,
         dst_color_range="JPEG",
         interpolation=_TO_RGB,
     )
-    return np.rot90(converted.to_ndarray(), frame.rotation // 90)
+    pixels = converted.to_ndarray()
+    if has_alpha and pixels[..., 3].min() < 255:
+        return None
+    return np.rot90(pixels[..., :3], frame.rotation // 90)
 
 
 def _resize(image: UInt8[np.ndarray, "height width 3"], *, area: int | None, multiple: int) -> np.ndarray:

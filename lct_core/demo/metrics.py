@@ -1,7 +1,8 @@
 """Does a scene keep its colours from shot to shot, and does each shot show what its text says?
 
 Two numbers, since each can be had without the other: a grey blur is perfectly consistent, and shots made one by one
-follow their texts perfectly.
+follow their texts perfectly. Two more for what is generated from conditions: how far colours drift from the first
+shot's, and how far a composed shot's are from those it was given. Texts may come with or without the mark of a cut.
 """
 
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ _CONTRAST = 0.2  # RGB distance below which there is no character; true ones are
 
 
 class AppearanceError(NamedTuple):
-    """How far shots stray from their scene's mean colours, as RGB distances: 0 is perfect, sqrt(3) the most."""
+    """How far colours are from those they should have, as RGB distances: 0 is perfect, sqrt(3) the most."""
 
     character: float
     background: float
@@ -75,15 +76,57 @@ def appearance_error(
         ValueError: not one text per shot, no shot, frames of another shape or too small to have a pure pixel, or a text
             that is not a sentence of the world.
     """
+    colours = _colours(scene_frames, texts)
+    character, background = (colours - colours.mean(0)).norm(dim=2).mean(0).tolist()
+    return AppearanceError(character, background)
+
+
+def drift(scene_frames: Sequence[Float[Tensor, "3 frames size size"]], texts: Sequence[str]) -> list[float]:
+    """How far every shot's colours are from the first shot's: what errors that accumulate add up to (paper, Fig. 8).
+
+    For shot k that is ``|a_k - a_1|``, of the character plus of the background, with ``a_k`` as in
+    ``appearance_error``. The first is 0.
+
+    Args:
+        scene_frames: The scene's shots, RGB in [0, 1], in the order in which they were generated.
+        texts: Their texts.
+
+    Raises:
+        ValueError: as ``appearance_error`` does.
+    """
+    colours = _colours(scene_frames, texts)
+    return (colours - colours[0]).norm(dim=2).sum(1).tolist()
+
+
+def composition_error(
+    frames: Float[Tensor, "3 frames size size"], text: str, *, identity: Sequence[float], environment: Sequence[float]
+) -> AppearanceError:
+    """How far a shot's colours are from those of the images it was composed of (paper, 4.3).
+
+    Args:
+        frames: The shot, RGB in [0, 1].
+        text: Its text.
+        identity: The character's colour in the identity image, RGB in [0, 1].
+        environment: The mean colour of the environment image.
+
+    Raises:
+        ValueError: for frames of another shape or too small to have a pure pixel, or a text that is not a sentence of
+            the world.
+    """
+    colours = appearance(frames, _mask(frames, text))
+    character, background = (
+        (colour - colour.new_tensor(given)).norm().item()
+        for colour, given in zip(colours, (identity, environment), strict=True)
+    )
+    return AppearanceError(character, background)
+
+
+def _colours(scene_frames: Sequence[Tensor], texts: Sequence[str]) -> Float[Tensor, "shots 2 3"]:
+    """Mean colour of every shot's character and background."""
     if len(scene_frames) != len(texts) or not texts:
         raise ValueError(f"texts: got {len(texts)} for {len(scene_frames)} shots, expected one per shot, at least one")
     shots = [appearance(frames, _mask(frames, text)) for frames, text in zip(scene_frames, texts, strict=True)]
-    character, background = (torch.stack(colours) for colours in zip(*shots, strict=True))
-    return AppearanceError(_spread(character), _spread(background))
-
-
-def _spread(colours: Float[Tensor, "shots 3"]) -> float:
-    return (colours - colours.mean(0)).norm(dim=1).mean().item()
+    return torch.stack([torch.stack(colours) for colours in shots])
 
 
 def adherence(frames: Float[Tensor, "3 frames size size"], text: str) -> float:

@@ -1,295 +1,223 @@
 """The run that shows Long Context Tuning working: from MP4 files to scenes whose colours agree, in a few minutes.
 
-A small world is written to disk and read back (:mod:`lct_core.demo.world`, :mod:`lct_core.data`). A single-shot MMDiT
-learns it shot by shot, so it has to guess every shot's colours anew. Retrofitted and tuned, every shot at a noise level
-of its own, it sees the scene; a short context-causal tuning lets it go shot after shot through the KV cache. Nothing is
-mocked, and every number comes from the run.
+Scenes of a small world are written to disk as videos and scripts and read back. A single-shot MMDiT learns them shot by
+shot, so it has to guess every shot's colours anew. Retrofitted and tuned, it sees the scene; a short context-causal
+tuning lets it go shot after shot through the KV cache. All of it is the code that ``lct tune`` and ``lct generate``
+run; nothing is mocked, and every number comes from the run.
 """
 
 import json
-import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from statistics import mean
 from time import perf_counter
-from typing import Any, Self
+from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
-from torch import Tensor
 
-from lct_core.data.scenes import Clip, read_scene, scene_folders, write_scene
+from lct_core.codec import LinearCodec
+from lct_core.data import VideoScene
+from lct_core.demo import extras
+from lct_core.demo.dataset import FPS, PATCH, SIZE, make_codec, read_scenes, write_scenes
+from lct_core.demo.film import film
+from lct_core.demo.generate import Generator, Shots
 from lct_core.demo.metrics import adherence, appearance_error
-from lct_core.demo.sampling import causal, independent, joint
+from lct_core.demo.plots import loss_curves, modes
+from lct_core.demo.report import GOALS, LABELS, key, report
+from lct_core.demo.settings import Settings
 from lct_core.demo.sheet import SceneRows, contact_sheet
-from lct_core.demo.training import Clips, StepLoss, long_context_loss, optimise, single_shot_loss
-from lct_core.demo.world import VOCABULARY, render, sample_scene, tokenize
-from lct_core.noise import shot_noise
+from lct_core.demo.world import sample_scene
+from lct_core.losses import tuning_loss
+from lct_core.noise import keyed_generator
 from lct_core.plugins import registry
-from lct_core.scene_model import retrofit
+from lct_core.progress import Stages
+from lct_core.scene_model import SceneModel, retrofit
+from lct_core.training import METRICS, Report, Stage, single_shots, to_row, tune
 
-_FILE_SIZE, _SIZE, _FRAMES, _FPS = 192, 24, 4, 12  # pixels in the files, pixels for the model, frames, per second
-_ON_SHEET = 3  # scenes
-_OURS = ".written-by-lct-demo"  # marks a data set that a later run may replace
-_GOALS = {"joint appearance error, times below independent": 3.0, "joint adherence, share of independent": 0.8}
-_LABELS = {"data": "data", "independent": "independent", "joint": "joint", "ar_causal": "causal, KV cache"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What the run costs; all of it ours, chosen for minutes on two cores.
-
-    Args:
-        seed: Of all randomness.
-        scenes: Scenes in the training set.
-        shots: Shots in each of them.
-        held_out: Scenes to generate, never seen in training.
-        held_out_shots: Shots in each of them.
-        width: The model's.
-        depth: The model's.
-        batch: Shots in a single-shot step.
-        scene_batch: Scenes in a scene step.
-        single_shot_steps: Of the first stage, at ``single_shot_rate``.
-        tuning_steps: Of Long Context Tuning, at ``tuning_rate``.
-        causal_steps: Of context-causal tuning, at ``causal_rate``.
-        euler_steps: Of generation (paper, A.2: 32).
-        t_c: Noise level of the history in shot-after-shot generation, 0-1000 (paper, 4.2: 100-500).
-    """
-
-    seed: int = 0
-    scenes: int = 500
-    shots: int = 4
-    held_out: int = 32
-    held_out_shots: int = 4
-    width: int = 96
-    depth: int = 5
-    batch: int = 4
-    scene_batch: int = 1
-    single_shot_steps: int = 3000
-    single_shot_rate: float = 4e-3
-    tuning_steps: int = 4800
-    tuning_rate: float = 3e-3
-    causal_steps: int = 600
-    causal_rate: float = 1.5e-3
-    euler_steps: int = 32
-    t_c: float = 100.0
+_ON_SHEET, _ON_FILM = 3, 6  # scenes
+_SHOWN = ("data", "independent", "joint", "ar_causal")
+_OURS = ".written-by-lct-demo"  # marks a folder that a later run may write to again
 
 
-def run(out: Path, settings: Settings, *, data: Path | None = None, console: Console) -> dict[str, Any]:
-    """Write, read, train, retrofit, tune, generate and measure.
+def run(out: Path, settings: Settings, *, console: Console) -> dict[str, Any]:
+    """Write, read, train, retrofit, tune, generate in every mode and measure.
 
     Args:
-        out: Folder for ``metrics.json``, ``contact_sheet.png`` and, unless ``data`` is given, the data set.
+        out: Folder for ``metrics.json``, pictures, videos, checkpoints and the data set.
         settings: What it costs.
-        data: A data set that an earlier run wrote: a folder with ``train`` and ``held_out``.
         console: Where progress and the table go.
 
     Returns:
         What ``metrics.json`` holds.
 
     Raises:
-        ValueError, FileNotFoundError: for media or texts that are missing, broken or not of the demo's world, by name.
+        ImportError: PyAV is not installed.
+        FileExistsError: ``out`` holds something else.
     """
     started = perf_counter()
-    generator = torch.Generator().manual_seed(settings.seed)
-    out.mkdir(parents=True, exist_ok=True)
-    with _Stages(console) as stages:
-        if data is None:
-            data = out / "data"
-            _write(data, settings, stages)
-        (clips, _), (held_out, texts) = (_read(data / part, stages) for part in ("train", "held_out"))
+    _claim(out)
+    with Stages(console) as progress:
+        for part, count in {"train": settings.scenes, "held_out": settings.held_out}.items():
+            random = keyed_generator(settings.seed, part)
+            scenes = [sample_scene(settings.shots, generator=random) for _ in range(count)]
+            write_scenes(out / "data" / part, scenes, progress=progress)
+        data, held_out = (read_scenes(out / "data" / part, progress=progress) for part in ("train", "held_out"))
+        codec = make_codec(data)
+        source, model = _model(codec, settings)
+        parameters = sum(p.numel() for p in model.backbone.parameters())
+        generator = Generator(
+            model=model,
+            codec=codec,
+            scripts=[scene.script for scene in held_out],
+            seed=settings.seed,
+            steps=settings.euler_steps,
+            guidance=settings.guidance,
+            t_c=settings.t_c,
+        )
+        truth = [torch.stack(shots) for shots in zip(*(scene.shots for scene in held_out), strict=True)]
+        videos: dict[str, Shots] = {"data": truth}
+        losses: dict[str, float] = {}
 
-        with torch.random.fork_rng():
-            torch.manual_seed(settings.seed)  # the model's initial weights
-            dit = registry().build(
-                "mmdit",
-                channels=3,
-                text_width=len(VOCABULARY),
-                width=settings.width,
-                depth=settings.depth,
-                heads=4,
-                patch=(1, 4, 4),
-                theta=100.0,  # periods of 6 to 199 positions: a shot takes 6, a scene 24
-            )
-        parameters = sum(p.numel() for p in dit.parameters())
-        prompts, noise = list(held_out.texts.unbind(1)), _noise(held_out, settings.seed)
-        generated = {"data": list(held_out.videos.unbind(1))}
+        def generate(mode: str, make: Callable[[], Shots]) -> None:
+            with progress(f"generate, {LABELS[mode]}"):
+                videos[mode] = make()
 
-        def train(stage: str, loss: StepLoss, steps: int, rate: float) -> None:
-            with stages(stage, steps) as advance:
-                optimise(dit, loss, steps=steps, learning_rate=rate, generator=generator, on_step=advance)
+        def after(stage: Stage) -> None:
+            """What is measured between the stages."""
+            losses[stage.name] = _single_shot_loss(model, codec, held_out)
+            if stage.name == "single_shot":
+                generate("independent", generator.independent)
+            elif stage.name == "bidirectional":
+                generate("joint", generator.joint)
+                generate("conditional", lambda: generator.conditional({0: truth[0]}))
+                generate("ar_bidirectional", generator.ar_bidirectional)
+                generate("ar_causal_before", generator.ar_causal)
+            else:
+                generate("ar_causal", generator.ar_causal)
 
-        single = single_shot_loss(dit, clips, batch=settings.batch)
-        train("train on single shots", single, settings.single_shot_steps, settings.single_shot_rate)
-        with stages("generate shots independently"):
-            generated["independent"] = independent(dit, prompts, noise, steps=settings.euler_steps)
+        steps = {stage.name: stage.steps for stage in settings.stages()}
+        bars: dict[str, Callable[..., None]] = {}
+        curves: dict[str, list[tuple[int, str, float]]] = {stage.name: [] for stage in settings.stages()}
 
-        model = retrofit(dit)
+        def on_step(step: Report) -> None:
+            if step.stage not in bars:
+                bars[step.stage] = progress.open(f"train, {step.stage}", steps[step.stage])
+            bars[step.stage](step.loss)
+            curves[step.stage].append((step.step, step.kind, step.loss))
 
-        def tuning(pattern: str) -> StepLoss:
-            return long_context_loss(model, clips, single, batch=settings.scene_batch, pattern=pattern)
+        tune(
+            out,
+            model,
+            settings.stages(),
+            data,
+            codec,
+            seed=settings.seed,
+            about={
+                "source": source,
+                "scheme": model.scheme,
+                "size": [*data[0].shots[0].shape[1:]],
+                "area": SIZE * SIZE,
+                "multiple": PATCH,
+                "fps": FPS,
+                "max_frames": 125,
+            },
+            save_every=max(stage.steps for stage in settings.stages()),
+            on_step=on_step,
+            on_stage=after,
+        )
+        more = extras.run(out, generator, settings, progress=progress)
 
-        train("long context tuning", tuning("bidirectional"), settings.tuning_steps, settings.tuning_rate)
-        with stages("generate scenes jointly"):
-            generated["joint"] = joint(model, prompts, noise, steps=settings.euler_steps)
-        train("context-causal tuning", tuning("context_causal"), settings.causal_steps, settings.causal_rate)
-        with stages("generate shot after shot, KV cache"):
-            generated["ar_causal"] = causal(model, prompts, noise, steps=settings.euler_steps, t_c=settings.t_c)
-
-    videos = {mode: [(shot.clamp(-1, 1) + 1) / 2 for shot in shots] for mode, shots in generated.items()}
-    metrics: dict[str, Any] = {"parameters_added": sum(p.numel() for p in model.backbone.parameters()) - parameters}
+    scripts = [scene.script for scene in held_out]
+    texts = [[shot.text for shot in script.shots] for script in scripts]
+    metrics: dict[str, Any] = {
+        "parameters": parameters,
+        "parameters_added": sum(p.numel() for p in model.backbone.parameters()) - parameters,
+    }
     for mode, shots in videos.items():
-        metrics |= {f"{mode}_{name}": value for name, value in _measure(shots, texts).items()}
+        given = 1 if mode == "conditional" else 0  # a given shot has a look, but no adherence of the model's
+        metrics |= {key(mode, name): value for name, value in _measure(shots, texts, given=given).items()}
+    metrics |= {
+        "single_shot_loss_before": losses["single_shot"],
+        "single_shot_loss_after": losses["bidirectional"],
+        "single_shot_loss_after_causal": losses["causal"],
+        **more,
+    }
+    rows = [
+        SceneRows(texts[i], {LABELS[mode]: [shot[i] for shot in videos[mode]] for mode in _SHOWN})
+        for i in range(len(texts))
+    ]
+    title = "Scenes never seen in training. No text tells a colour: only the other shots do."
+    contact_sheet(out / "contact_sheet.png", rows[:_ON_SHEET], title=title)
+    film(
+        out / "scenes.mp4",
+        [SceneRows(row.texts, {k: v for k, v in row.rows.items() if k != LABELS["data"]}) for row in rows[:_ON_FILM]],
+        fps=FPS,
+    )
+    loss_curves(out / "losses.png", curves)
+    shown = {mode: label for mode, label in LABELS.items() if mode != "data"}
+    modes(
+        out / "modes.png",
+        {label: metrics[key(mode, "error")] for mode, label in shown.items()},
+        {label: metrics[key(mode, "adherence")] for mode, label in shown.items()},
+        goals={LABELS[mode]: metrics["independent_error"] / times for mode, times in GOALS.items()},
+    )
     metrics |= {"seconds": perf_counter() - started, **asdict(settings)}
     (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-    contact_sheet(
-        out / "contact_sheet.png",
-        [
-            SceneRows(texts[scene], {label: [shot[scene] for shot in videos[mode]] for mode, label in _LABELS.items()})
-            for scene in range(min(_ON_SHEET, len(texts)))
-        ],
-        title="Scenes never seen in training. No text tells a colour: only the other shots do.",
-    )
-    _report(metrics, parameters, out, console)
+    report(metrics, out, console)
     return metrics
 
 
-class _Stages:
-    """Progress, stage by stage: bars with the time left on a terminal, else a line for each stage that is done."""
+def _claim(out: Path) -> None:
+    """Make ``out`` this run's, and clear what an earlier run of the demo left there.
 
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._progress = Progress(
-            TextColumn("{task.description:<36}"),
-            BarColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
-            console=console,
-            disable=not console.is_terminal,
-        )
-
-    def __enter__(self) -> Self:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._progress.stop()
-
-    @contextmanager
-    def __call__(self, name: str, steps: int = 1) -> Iterator[Callable[..., None]]:
-        """A stage; what it yields is called after every step, with the loss where there is one."""
-        started, task = perf_counter(), self._progress.add_task(name, total=steps, note="")
-
-        def advance(loss: float | None = None) -> None:
-            self._progress.update(task, advance=1, note="" if loss is None else f"loss {loss:.4f}")
-
-        yield advance
-        self._progress.update(task, completed=steps)
-        if not self._console.is_terminal:
-            self._console.print(f"{name}: {perf_counter() - started:.0f} s")
+    Raises:
+        FileExistsError: it holds something that no demo wrote.
+    """
+    if out.exists() and any(out.iterdir()) and not (out / _OURS).exists():
+        raise FileExistsError(f"{out}: holds something else than a run of the demo, so it is left alone; choose --out")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / _OURS).touch()
+    for old in (*out.glob("*.pt"), out / METRICS):
+        old.unlink(missing_ok=True)
 
 
-def _write(root: Path, settings: Settings, stages: _Stages) -> None:
-    """Render the training and held-out scenes to MP4 files with their texts, in place of an earlier run's."""
-    generator = torch.Generator().manual_seed(settings.seed)
-    if root.exists() and not (root / _OURS).exists():
-        raise FileExistsError(f"{root}: not a data set of the demo's, so it is left alone; choose another --out")
-    shutil.rmtree(root, ignore_errors=True)
-    root.mkdir(parents=True)
-    (root / _OURS).touch()
-    parts = {
-        "train": (settings.scenes, settings.shots),
-        "held_out": (settings.held_out, settings.held_out_shots),
+def _model(codec: LinearCodec, settings: Settings) -> tuple[dict[str, Any], SceneModel]:
+    """A new single-shot model, retrofitted: called on one shot, it is still what it was, to the last bit."""
+    options = {
+        "channels": codec.channels,
+        "text_width": codec.text_width,
+        "width": settings.width,
+        "depth": settings.depth,
+        "heads": settings.heads,
+        "patch": [1, 1, 1],
+        "theta": 100.0,  # periods of 6 to 199 positions: a shot takes 5, a scene about 25
+        "places": True,
     }
-    for part, (scenes, shots) in parts.items():
-        with stages(f"write {scenes} scenes, {part}", scenes) as advance:
-            for number in range(1, scenes + 1):
-                scene = sample_scene(shots, generator=generator)
-                videos = render(scene, size=_FILE_SIZE, frames=_FRAMES)
-                clips = [Clip(text, video) for text, video in zip(scene.texts, videos, strict=True)]
-                write_scene(root / part / f"scene_{number}", clips, fps=_FPS)
-                advance()
+    with torch.random.fork_rng():
+        torch.manual_seed(settings.seed)
+        model = retrofit(registry().build("mmdit", **options))
+    return {"backbone": "mmdit", "options": options, "codec": codec.state()}, model
 
 
-def _read(root: Path, stages: _Stages) -> tuple[Clips, list[list[str]]]:
-    """Read scenes of equally many shots back from disk, small, in [-1, 1], with encoded texts and as they stand."""
-    folders = scene_folders(root)
-    scenes = []
-    with stages(f"read {len(folders)} scenes, {root.name}", len(folders)) as advance:
-        for folder in folders:
-            scenes.append(read_scene(folder, area=_SIZE * _SIZE))
-            shape, first = [clip.frames.shape for clip in scenes[-1]], scenes[0][0].frames.shape
-            if shape != [first] * len(scenes[0]) or list(first[2:]) != [_SIZE, _SIZE]:
-                raise ValueError(
-                    f"{folder}: got shots of channels, frames, height, width {[tuple(s) for s in shape]}, expected "
-                    f"{len(scenes[0])} square ones of {first[1]} frames, as in {folders[0].name}: scenes are batched"
-                )
-            advance()
-    videos = torch.stack([torch.stack([clip.frames for clip in scene]) for scene in scenes])
-    texts = [[clip.text for clip in scene] for scene in scenes]
-    encoded = torch.stack([_encode(folder, scene) for folder, scene in zip(folders, texts, strict=True)])
-    return Clips(videos * 2 - 1, encoded), texts
+@torch.no_grad()
+def _single_shot_loss(model: SceneModel, codec: LinearCodec, held_out: Sequence[VideoScene]) -> float:
+    """Eq. 1 on held-out single shots, with the same noise and levels each time."""
+    random = keyed_generator("single-shot loss")
+    examples = single_shots(held_out, codec, count=512, dropout=0.0, generator=random)
+    row = to_row(examples, generator=random)
+    return tuning_loss(model, row.scenes, row.levels, row.noise).mean.item()
 
 
-def _encode(folder: Path, texts: Sequence[str]) -> Tensor:
-    try:
-        return torch.stack([tokenize(text) for text in texts])
-    except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from error
-
-
-def _noise(clips: Clips, seed: int) -> list[Tensor]:
-    """Where every shot of every scene starts: the same for all modes."""
-    scenes, shots, *shape = clips.videos.shape
-    return [
-        torch.stack([shot_noise(tuple(shape), seed=seed, step=0, scene=scene, shot=shot) for scene in range(scenes)])
-        for shot in range(shots)
-    ]
-
-
-def _measure(shots: Sequence[Tensor], texts: Sequence[Sequence[str]]) -> dict[str, float]:
-    """A mode's appearance error, in its parts, and prompt adherence, over all scenes."""
+def _measure(shots: Shots, texts: Sequence[Sequence[str]], *, given: int = 0) -> dict[str, float]:
+    """A mode's appearance error, in its parts, over all shots; and adherence, over those that were generated."""
     errors = [appearance_error([shot[i] for shot in shots], scene) for i, scene in enumerate(texts)]
     return {
         "error": mean(e.total for e in errors),
         "error_character": mean(e.character for e in errors),
         "error_background": mean(e.background for e in errors),
         "adherence": mean(
-            adherence(shots[k][i], text) for i, scene in enumerate(texts) for k, text in enumerate(scene)
+            adherence(shots[k][i], text) for i, scene in enumerate(texts) for k, text in enumerate(scene) if k >= given
         ),
     }
-
-
-def _report(metrics: dict[str, Any], parameters: int, out: Path, console: Console) -> None:
-    """The table that a person reads."""
-    table = Table(title=f"Appearance error, {metrics['held_out']} held-out scenes of {metrics['held_out_shots']} shots")
-    table.add_column("", no_wrap=True)
-    for column in ("error", "character", "background", "below independent", "adherence"):
-        table.add_column(column, justify="right")
-    for mode, label in _LABELS.items():
-        error, baseline = metrics[f"{mode}_error"], metrics["independent_error"]
-        table.add_row(
-            label,
-            f"{error:.3f}",
-            f"{metrics[f'{mode}_error_character']:.3f}",
-            f"{metrics[f'{mode}_error_background']:.3f}",
-            "" if mode == "data" else f"{baseline / error:.1f} x" if error else "-",
-            f"{metrics[f'{mode}_adherence']:.3f}",
-        )
-    console.print(table)
-    reached = (
-        metrics["independent_error"] / metrics["joint_error"],
-        metrics["joint_adherence"] / metrics["independent_adherence"] if metrics["independent_adherence"] else 0.0,
-    )
-    for (what, goal), value in zip(_GOALS.items(), reached, strict=True):
-        console.print(f"{what}: {value:.2f}, goal {goal:g}, {'met' if value >= goal else 'NOT MET'}")
-    console.print(
-        f"{parameters:,} parameters, {metrics['parameters_added']} added; {metrics['euler_steps']} Euler steps, no "
-        f"guidance, t_c {metrics['t_c']:g}; seed {metrics['seed']}; {metrics['seconds']:.0f} s"
-    )
-    console.print(f"{out / 'contact_sheet.png'}\n{out / 'metrics.json'}", soft_wrap=True)

@@ -17,15 +17,27 @@ _DOTS_PER_INCH = 120
 
 @dataclass(frozen=True, eq=False)
 class SceneRows:
-    """One scene on the sheet.
+    """One scene as several methods made it.
 
     Args:
-        texts: The text of every shot: the columns.
+        texts: The text of every shot.
         rows: For every method, by its label, the frames of every shot, RGB in [0, 1] (clamped where a model left it).
+
+    Raises:
+        ValueError: nothing to show, or a row that has not one shot per text.
     """
 
     texts: Sequence[str]
     rows: Mapping[str, Sequence[Float[Tensor, "3 frames height width"]]]
+
+    def __post_init__(self) -> None:
+        if not (self.texts and self.rows):
+            raise ValueError(f"rows: got {len(self.rows)} of {len(self.texts)} shots, expected at least one of each")
+        for label, shots in self.rows.items():
+            if len(shots) != len(self.texts):
+                raise ValueError(
+                    f"rows: row {label!r} has {len(shots)} shots, expected one for each of its {len(self.texts)} texts"
+                )
 
 
 def contact_sheet(path: str | Path, scenes: Sequence[SceneRows], *, title: str = "") -> None:
@@ -36,23 +48,14 @@ def contact_sheet(path: str | Path, scenes: Sequence[SceneRows], *, title: str =
 
     Args:
         path: Picture to write; its ending says which kind (``.png``, ``.pdf``, ``.svg``).
-        scenes: At least one scene, with at least one row each.
+        scenes: At least one.
         title: One line above all.
 
     Raises:
-        ValueError: nothing to show, or a row that has not one shot per text.
+        ValueError: no scene.
     """
-    if not scenes or not all(scene.texts and scene.rows for scene in scenes):
-        raise ValueError(
-            "scenes: got nothing to show, expected at least one scene with at least one text and one row each"
-        )
-    for index, scene in enumerate(scenes):
-        for label, shots in scene.rows.items():
-            if len(shots) != len(scene.texts):
-                raise ValueError(
-                    f"scenes: row {label!r} of scene {index} (counting from 0) has {len(shots)} shots, expected one "
-                    f"for each of its {len(scene.texts)} texts"
-                )
+    if not scenes:
+        raise ValueError("scenes: got none, expected at least one")
     column, row = 2 * _FRAME + _GAP, _FRAME + _GAP
     width = 2 * _MARGIN + _LABELS + column * max(len(scene.texts) for scene in scenes) - _GAP
     top = _TITLE if title else _MARGIN

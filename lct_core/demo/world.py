@@ -2,22 +2,24 @@
 
 A scene has a character (a square or a disc of a saturated colour) and a background (a dark colour, a little lighter at
 the top). A shot shows that character in one of three framings, at one of three positions, with one of three motions.
-Its text tells framing, shape, position and motion, in the wording of the paper's per-shot prompts (paper, 3.2.1), and
-never a colour. A model that sees one shot has to guess the colours; a model that sees the scene does not.
+A scene's script is in the paper's format (paper, 3.2.1): its global prompt tells who is there, its shots' prompts tell
+framing, shape, position and motion, and nothing tells a colour. A model that sees one shot has to guess the colours; a
+model that sees the scene does not.
 
 Lengths are fractions of the frame's side, positions run from 0 at the top left to 1 at the bottom right, a shot lasts
 from time -1 to 1. All randomness comes from the generator handed in.
 """
 
 from colorsys import hsv_to_rgb
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import one_hot
+
+from lct_core.script import SHOT_CUT, Script, ScriptShot
 
 # sizes at which no pixel of a 24 x 24 frame is nearly half covered, so that masks do not hang on the last bit
 _HALF_SIDE = {"Close up": 0.222, "Medium shot": 0.17, "Wide shot": 0.133}
@@ -28,13 +30,33 @@ FRAMINGS = tuple(_HALF_SIDE)
 SHAPES = ("square", "disc")
 POSITIONS = tuple(_CENTRE_X)
 MOTIONS = tuple(_SPEED_Y)
-VOCABULARY = ("[SHOT CUT]", "Character 1", *FRAMINGS, *SHAPES, *POSITIONS, *MOTIONS)
-"""Every word of the world's language; a text is six of them."""
 
-_SENTENCE = "[SHOT CUT] {framing} of Character 1, a {shape}, {position}, {motion}."
+_OF_ONE_COLOUR, _WALL, _MOVES_ABOUT = "of one colour", "a wall of another colour", "moves about"
+
+VOCABULARY = (
+    SHOT_CUT,
+    *(f"{framing} of" for framing in FRAMINGS),
+    "Character 1",
+    *(f"a {shape}" for shape in SHAPES),
+    *POSITIONS,
+    *MOTIONS,
+    _OF_ONE_COLOUR,
+    _WALL,
+    _MOVES_ABOUT,
+)
+"""Every phrase of the world's language, each a token of :class:`~lct_core.codec.LinearCodec`."""
+
+PROMPT_LENGTH = 6
+"""Tokens of the longest prompts: a global prompt with its storyline, and a shot's with its mark."""
+
+ENVIRONMENT_TEXT = f"Wide shot of {_WALL}."
+"""The prompt of every ``environment_image``; it shows no character, so it is made of phrases but not for ``parse``."""
+
+_SENTENCE = "{framing} of Character 1, a {shape}, {position}, {motion}."
 _ATTRIBUTES = {"framing": FRAMINGS, "shape": SHAPES, "position": POSITIONS, "motion": MOTIONS}
 _SCANLINES = 16  # per pixel, to antialias edges from above and below; from the sides they are exact
 _SHADING = 0.1  # the background is lighter by this part at the top, darker at the bottom
+_GREY = (0.3, 0.3, 0.3)  # about the mean of all backgrounds
 
 
 @dataclass(frozen=True)
@@ -63,7 +85,7 @@ class ShotDescription:
 
     @property
     def text(self) -> str:
-        """The shot's prompt; ``parse`` is its inverse."""
+        """The shot's prompt, without the mark of a cut; ``parse`` is its inverse."""
         return _SENTENCE.format(**vars(self))
 
 
@@ -77,17 +99,41 @@ class Scene:
     Args:
         character: The character's colour, RGB in [0, 1]. Hidden: no text tells it.
         background: The background's mean colour, RGB in [0, 1]. Hidden too.
-        shots: What happens, shot by shot.
+        shots: What happens, shot by shot; at least one, all of one shape.
+
+    Raises:
+        ValueError: no shot, or shots of two shapes.
     """
 
     character: tuple[float, float, float]
     background: tuple[float, float, float]
     shots: tuple[ShotDescription, ...]
 
+    def __post_init__(self) -> None:
+        shapes = sorted({shot.shape for shot in self.shots})
+        if len(shapes) != 1:
+            got = f"shots of a {' and a '.join(shapes)}" if shapes else "no shot"
+            raise ValueError(f"shots: got {got}, expected at least one, all of one shape: they share a character")
+
+    @property
+    def shape(self) -> str:
+        """The character's, the same in all shots."""
+        return self.shots[0].shape
+
     @property
     def texts(self) -> tuple[str, ...]:
-        """The prompt of every shot."""
+        """The prompt of every shot, without the mark of a cut."""
         return tuple(shot.text for shot in self.shots)
+
+    @property
+    def script(self) -> Script:
+        """What the scene's prompts tell: all but the colours. Every shot begins with a cut."""
+        return Script(
+            characters={1: f"A {self.shape} {_OF_ONE_COLOUR}."},
+            environment=f"{_WALL.capitalize()}.",
+            storyline=f"Character 1 {_MOVES_ABOUT}.",
+            shots=tuple(ScriptShot(text=text) for text in self.texts),
+        )
 
 
 def sample_scene(num_shots: int, *, generator: torch.Generator) -> Scene:
@@ -127,26 +173,16 @@ def _choose(values: tuple[str, ...], generator: torch.Generator) -> str:
 
 
 def parse(text: str) -> ShotDescription:
-    """Read a shot's text; the inverse of ``ShotDescription.text``.
+    """Read a shot's text, with or without the mark of a cut; the inverse of ``ShotDescription.text``.
 
     Raises:
         ValueError: for a text that is not a sentence of this world.
     """
-    if text.strip() not in _DESCRIPTIONS:
+    sentence = text.strip().removeprefix(SHOT_CUT).lstrip()
+    if sentence not in _DESCRIPTIONS:
         choices = "; ".join(f"{name}: {', '.join(values)}" for name, values in _ATTRIBUTES.items())
         raise ValueError(f"text: got {text!r}, expected {_SENTENCE!r} with {choices}")
-    return _DESCRIPTIONS[text.strip()]
-
-
-def tokenize(text: str) -> Float[Tensor, "tokens=6 vocabulary=13"]:
-    """Encode a shot's text as one-hot rows over ``VOCABULARY``, word by word: always six tokens.
-
-    Raises:
-        ValueError: for a text that is not a sentence of this world.
-    """
-    shot = parse(text)
-    words = ("[SHOT CUT]", shot.framing, "Character 1", shot.shape, shot.position, shot.motion)
-    return one_hot(torch.tensor([VOCABULARY.index(word) for word in words]), len(VOCABULARY)).float()
+    return _DESCRIPTIONS[sentence]
 
 
 def character_mask(shot: ShotDescription | str, *, size: int, frames: int = 4) -> Float[Tensor, "frames size size"]:
@@ -187,13 +223,45 @@ def render(scene: Scene, *, size: int, frames: int = 4) -> Float[Tensor, "shots 
         size: Height and width of a frame in pixels.
         frames: Frames per shot.
     """
-    character, background = (
-        torch.tensor(colour, dtype=torch.float32, device="cpu")[:, None, None, None]
-        for colour in (scene.character, scene.background)
-    )
-    background = background * (1 - _SHADING * _middles(size, -1, 1))[:, None]
     masks = torch.stack([_coverage(shot, size, frames) for shot in scene.shots])
-    return torch.lerp(background, character, masks[:, None])
+    return torch.lerp(_wall(scene, size), _pixel(scene.character), masks[:, None])
+
+
+def identity_text(scene: Scene) -> str:
+    """Return the prompt of ``identity_image``, a sentence of the world: a close up in the middle, standing still."""
+    return _portrait(scene).text
+
+
+def identity_image(scene: Scene, *, size: int) -> Float[Tensor, "3 1 size size"]:
+    """Draw a scene's character before a neutral grey wall: who is to appear (paper, 4.3; supplement, C).
+
+    Args:
+        scene: Whose character to draw.
+        size: Height and width in pixels.
+    """
+    return render(replace(scene, background=_GREY, shots=(_portrait(scene),)), size=size, frames=1)[0]
+
+
+def environment_image(scene: Scene, *, size: int) -> Float[Tensor, "3 1 size size"]:
+    """Draw a scene's bare wall, without a character: where it is to happen; its prompt is ``ENVIRONMENT_TEXT``.
+
+    Args:
+        scene: Whose wall to draw.
+        size: Height and width in pixels.
+    """
+    return _wall(scene, size).repeat(1, 1, 1, size)
+
+
+def _portrait(scene: Scene) -> ShotDescription:
+    return ShotDescription("Close up", scene.shape, "in the middle", "standing still")
+
+
+def _wall(scene: Scene, size: int) -> Float[Tensor, "3 1 size 1"]:
+    return _pixel(scene.background) * (1 - _SHADING * _middles(size, -1, 1))[:, None]
+
+
+def _pixel(colour: tuple[float, float, float]) -> Float[Tensor, "3 1 1 1"]:
+    return torch.tensor(colour, dtype=torch.float32, device="cpu")[:, None, None, None]
 
 
 def _middles(count: int, start: float, stop: float) -> Float[Tensor, " count"]:

@@ -1,0 +1,15 @@
+"""Generation: one mode per file over one plain Euler loop (paper, Fig. 4 and A.2).
+
+Every mode takes a scene model and a scene whose latents are the noise that each shot starts from, and returns what
+became of it.
+"""
+
+from lct_core.generation.autoregressive import autoregressive
+from lct_core.generation.causal import causal
+from lct_core.generation.conditional import conditional
+from lct_core.generation.euler import Step, euler
+from lct_core.generation.guidance import Guidance
+from lct_core.generation.history import History, recent
+from lct_core.generation.joint import joint
+
+__all__ = ["Guidance", "History", "Step", "autoregressive", "causal", "conditional", "euler", "joint", "recent"]

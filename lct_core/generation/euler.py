@@ -1,0 +1,63 @@
+"""The one loop that every mode runs: plain Euler steps from noise to data (paper, A.2)."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from jaxtyping import Float
+from torch import Tensor
+
+Latents = Float[Tensor, "batch channels frames height width"]
+Velocity = Callable[[list[Latents], float], Sequence[Latents]]
+
+
+class Step(NamedTuple):
+    """One step that is done, as a callback is told of it.
+
+    Args:
+        shots: Indices, in the scene that the mode was given, of the shots that this loop denoises.
+        step: How many steps are done.
+        steps: How many there are.
+        t: The noise level reached, from 1 to 0.
+        latents: The shots at that level.
+    """
+
+    shots: tuple[int, ...]
+    step: int
+    steps: int
+    t: float
+    latents: list[Latents]
+
+
+Callback = Callable[[Step], None]
+
+
+def euler(
+    velocity: Velocity,
+    noise: Sequence[Latents],
+    *,
+    steps: int = 32,
+    shots: Sequence[int] | None = None,
+    callback: Callback | None = None,
+) -> list[Latents]:
+    """Follow the flow from noise, t = 1, to data, t = 0, in equal steps: z <- z - v / steps.
+
+    Args:
+        velocity: dz/dt of some shots that share the noise level t: ``velocity(latents, t)``.
+        noise: Where each shot starts.
+        steps: Number of steps (paper, A.2: 32).
+        shots: What a callback shall call these shots (default: 0, 1, 2, ...).
+        callback: Called after every step.
+
+    Raises:
+        ValueError: for fewer than one step.
+    """
+    if steps < 1:
+        raise ValueError(f"steps: got {steps}, expected at least 1")
+    names = tuple(range(len(noise)) if shots is None else shots)
+    latents = list(noise)
+    for i in range(steps):
+        change = velocity(latents, 1 - i / steps)
+        latents = [z - v / steps for z, v in zip(latents, change, strict=True)]
+        if callback is not None:
+            callback(Step(names, i + 1, steps, 1 - (i + 1) / steps, latents))
+    return latents

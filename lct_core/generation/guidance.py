@@ -1,0 +1,50 @@
+"""Classifier-free guidance, on the texts alone (paper, A.2)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import isfinite
+
+from jaxtyping import Float
+from torch import Tensor
+
+from lct_core.backbone import ShotInput
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Guidance:
+    """How far to go from what negative prompts give to what the prompts give: v = v_neg + scale (v_pos - v_neg).
+
+    In the negative branch every shot's text takes the negative prompt, that of the history and of given shots included.
+    What these shots look like stays in both branches: consistency is not guided, and not weakened.
+
+    Args:
+        text: The negative prompt of shots, encoded, ``[1 or batch, tokens, width]`` (paper: a concise one).
+        global_text: The negative prompt of the global shot (paper: a comprehensive one; default: ``text``).
+        scale: How far (paper, A.2: 7.5). 1 is no guidance, and spares the negative branch.
+
+    Raises:
+        ValueError: for a scale that is not finite.
+    """
+
+    text: Float[Tensor, "batch tokens width"]
+    global_text: Float[Tensor, "batch tokens width"] | None = None
+    scale: float = 7.5
+
+    def __post_init__(self) -> None:
+        if not isfinite(self.scale):
+            raise ValueError(f"scale: got {self.scale}, expected a finite number; 1 is no guidance")
+
+    def negative(self, scene: Sequence[ShotInput]) -> list[ShotInput]:
+        """The scene with its texts replaced."""
+        texts = {"shot": self.text, "global": self.text if self.global_text is None else self.global_text}
+        return [replace(shot, text=texts[shot.role].to(shot.text).expand(len(shot.text), -1, -1)) for shot in scene]
+
+    def combine(self, positive: Sequence[Tensor], negative: Sequence[Tensor]) -> list[Tensor]:
+        """The guided velocity of every shot; at a scale of 0 it is the negative's, at 1 the positive's."""
+        return [n + self.scale * (p - n) for p, n in zip(positive, negative, strict=True)]
+
+
+def branches(scene: Sequence[ShotInput], guidance: Guidance | None) -> list[list[ShotInput]]:
+    """The scene as it is and, where guidance has an effect, with negative prompts."""
+    scene = list(scene)
+    return [scene] if guidance is None or guidance.scale == 1 else [scene, guidance.negative(scene)]
