@@ -69,7 +69,9 @@ def batch_shots(shots: Sequence[ShotInput]) -> ShotInput:
         ValueError: for shots that don't fit in one batch.
     """
     first = shots[0]
-    kinds = {(s.role, s.text.shape[1:], None if s.latents is None else s.latents.shape[1:], *s.extras) for s in shots}
+    kinds = {
+        (s.role, s.text.shape[1:], None if s.latents is None else s.latents.shape[1:], *sorted(s.extras)) for s in shots
+    }
     if len(kinds) != 1:
         raise ValueError(
             f"shots: got roles, texts and latents of {sorted(map(str, kinds))}, expected all alike: entries of a batch "
@@ -84,9 +86,10 @@ def batch_shots(shots: Sequence[ShotInput]) -> ShotInput:
 
 
 def _batched(name: str, values: Sequence[Any]) -> Any:
-    if isinstance(values[0], Tensor):
+    if all(isinstance(value, Tensor) for value in values) and len({value.shape[1:] for value in values}) == 1:
         return torch.cat(list(values))
-    if any(value != values[0] for value in values):
+    if any(isinstance(value, Tensor) or value != values[0] for value in values):
+        values = [describe(value) for value in values]
         raise ValueError(f"extras: {name} is {values}, expected one value for all entries of a batch")
     return values[0]
 

@@ -55,7 +55,7 @@ class LinearCodec:
 
     def __init__(self, *, mean: Tensor, components: Tensor, vocabulary: Sequence[str], length: int = 1) -> None:
         patch = round((mean.numel() / 3) ** 0.5)
-        if mean.shape != (3 * patch * patch,) or components.ndim != 2 or components.shape[1] != len(mean):
+        if mean.shape != (3 * patch * patch,) or components.shape[1:] != mean.shape or not len(components):
             raise ValueError(
                 f"components: got {list(components.shape)} with a mean of {list(mean.shape)}, expected "
                 "[channels, n] and [n], n = 3 x patch x patch"
@@ -144,7 +144,13 @@ class LinearCodec:
         return self.channels, frames, height // self.patch, width // self.patch
 
     def encode(self, frames: Tensor) -> Tensor:
-        """Project every patch on the components; arithmetic in float32."""
+        """Project every patch on the components; arithmetic in float32.
+
+        Raises:
+            ValueError: for frames of another shape, or not of whole patches.
+        """
+        if frames.ndim != 4 or len(frames) != 3:
+            raise ValueError(f"frames: got {list(frames.shape)}, expected [3, frames, height, width]")
         self.latent_shape(*frames.shape[1:])
         latents = (_patches(frames.float(), self.patch) - self.mean) @ self.components.T
         return rearrange(latents / self.components[0].square().sum(), "t y x c -> c t y x").contiguous()
@@ -183,8 +189,11 @@ def words(prompts: Iterable[str]) -> list[str]:
 
 
 def _plain(text: str) -> str:
-    """Words in lower case with single spaces; "[SHOT CUT]" and what else stands in brackets keeps them."""
-    return " ".join(re.findall(r"[\w\[\]'-]+", text.lower().replace("\u2019", "'")))
+    """Words in lower case with single spaces; "[SHOT CUT]" and what else stands in brackets keeps them.
+
+    Apostrophes and hyphens belong to a word only inside it.
+    """
+    return " ".join(re.findall(r"[\w\[\]]+(?:['-][\w\[\]]+)*", text.lower().replace("\u2019", "'")))
 
 
 def _patches(frames: Tensor, patch: int) -> Float[Tensor, "t y x patch"]:

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lct_core import masks
 from lct_core.attention import attend, without_autocast
-from lct_core.backbone import Backbone, ShotInput, Site, State, describe
+from lct_core.backbone import QKV, Backbone, ShotInput, Site, State, describe
 from lct_core.cache import KVCache, Space, Stage
 from lct_core.coordinates import Scheme, check_scheme, extent, measured_extent, shot_coordinates
 from lct_core.layout import Layout, Range, Role
@@ -29,6 +29,7 @@ def retrofit(
     scheme: Scheme = "anchored",
     kernel: str = "auto",
     gradient_checkpointing: bool = False,
+    batch_shots: bool = False,
     backbone: str | Backbone | None = None,
 ) -> "SceneModel":
     """Make a scene model of a single-shot DiT, in place and without a new parameter.
@@ -40,6 +41,8 @@ def retrofit(
         scheme: ``"anchored"`` (default: ours; exact for one shot) or ``"paper"``, see :func:`lct_core.coordinates`.
         kernel: Attention kernel, see :func:`lct_core.attend`.
         gradient_checkpointing: Whether training recomputes every block's activations in the backward pass.
+        batch_shots: Whether shots of equal shape go through the blocks as one batch, apart from their attention: faster
+            where shots are many and small, and the same but for the last bits (2e-6 in float32; default: one by one).
         backbone: Name of the backbone to use, or an adapter of one's own; by default found by the model's class.
 
     Raises:
@@ -48,7 +51,13 @@ def retrofit(
     adapter = backbone if isinstance(backbone, Backbone) else registry().adapter(model, backbone)
     if adapter.model is not model:
         raise ValueError("backbone: this adapter adapts another model, expected one made with this model")
-    return SceneModel(adapter, scheme=scheme, kernel=kernel, gradient_checkpointing=gradient_checkpointing)
+    return SceneModel(
+        adapter,
+        scheme=scheme,
+        kernel=kernel,
+        gradient_checkpointing=gradient_checkpointing,
+        batch_shots=batch_shots,
+    )
 
 
 class SceneModel:
@@ -57,11 +66,20 @@ class SceneModel:
     Not a module: ``backbone`` is, and is what one trains, saves and moves between devices.
     """
 
-    def __init__(self, adapter: Backbone, *, scheme: Scheme, kernel: str, gradient_checkpointing: bool = False) -> None:
+    def __init__(
+        self,
+        adapter: Backbone,
+        *,
+        scheme: Scheme,
+        kernel: str,
+        gradient_checkpointing: bool = False,
+        batch_shots: bool = False,
+    ) -> None:
         self.adapter = adapter
         self.scheme: Scheme = check_scheme(scheme)
         self.kernel = registry().check_kernel(kernel)
         self.gradient_checkpointing = gradient_checkpointing
+        self.batch_shots = batch_shots
         for module in (adapter.model, *adapter.blocks):
             own = module.__dict__.get("forward")
             if own is None:
@@ -157,7 +175,7 @@ class _Call:
     ) -> None:
         self.adapter, self.kernel, self.cache, self.layout = engine.adapter, engine.kernel, cache, layout
         self.levels = levels  # here, and not an argument of the model: mixed-precision hooks round those
-        self.checkpointing = engine.gradient_checkpointing
+        self.checkpointing, self.batching = engine.gradient_checkpointing, engine.batch_shots
         self.pattern = _pattern(pattern)
         if cache is not None and len(layout.scenes) != 1:
             raise ValueError(
@@ -175,13 +193,23 @@ class _Call:
 
     def __call__(self, model: nn.Module, inputs: Sequence[ShotInput]) -> list[Tensor | None]:
         timesteps = self.adapter.traits.timestep(self.levels)
-        states = [self.adapter.encode(shot, timesteps[:, i]) for i, shot in enumerate(inputs)]
+        encoded = [self.adapter.encode(shot, timesteps[:, i]) for i, shot in enumerate(inputs)]
+        self.groups = _alike(encoded) if self.batching else [[i] for i in range(len(encoded))]
+        states = [_stacked([encoded[i] for i in group]) for group in self.groups]
         for index, block in enumerate(self.adapter.blocks):
             states = _updated(states, block(_BlockCall(self, index), states))
+        tokens = self.shot_by_shot([self.adapter.head(state) for state in states])
         return [
-            None if shot.role == "global" else self.adapter.unpatchify(self.adapter.head(state), shot)
-            for shot, state in zip(self.layout.shots, states, strict=True)
+            None if shot.role == "global" else self.adapter.unpatchify(out, shot)
+            for shot, out in zip(self.layout.shots, tokens, strict=True)
         ]
+
+    def shot_by_shot(self, grouped: Sequence[Tensor]) -> list[Tensor]:
+        """What was computed group by group, in row order."""
+        parts: dict[int, Tensor] = {}
+        for group, x in zip(self.groups, grouped, strict=True):
+            parts.update(zip(group, x.chunk(len(group)), strict=True))
+        return [parts[i] for i in range(len(parts))]
 
     def plan(self, site: Site) -> AttentionPlan:
         """Who sees whom at a site: this call's queries over the history's keys and its own."""
@@ -206,7 +234,7 @@ class _Call:
         traits, shots = self.adapter.traits, iter(_self_attention(self.adapter, self.layout).shots)
         unit = torch.tensor(traits.unit, dtype=torch.float64)
         origins, extents = [], []
-        self.rotations: list[Rotation | None] = []
+        rotations: list[Rotation | None] = []
         remaining = iter(inputs)
         for scene in self.layout.scenes:
             origin = 0 if self.cache is None else self.cache.end
@@ -220,9 +248,10 @@ class _Call:
                     steps = measured_extent(coords, traits.unit)
                 origins.append(origin)
                 extents.append(steps)
-                self.rotations.append(self._rotation(coords + origin * unit, given))
+                rotations.append(self._rotation(coords + origin * unit, given))
                 origin += steps
         self.origins, self.extents = tuple(origins), tuple(extents)
+        self.rotation = _joined(rotations)
 
     def _rotation(self, coords: Tensor, given: ShotInput) -> Rotation | None:
         pairing, latents = self.adapter.traits.pairing, given.latents
@@ -250,7 +279,7 @@ class _BlockCall:
         return self._run(block, states)
 
     def _run(self, block: nn.Module, states: list[State]) -> list[dict[str, Tensor]]:
-        """Every site of a block; returns the streams that changed, shot by shot."""
+        """Every site of a block; returns the streams that changed, group by group."""
         changed: list[dict[str, Tensor]] = [{} for _ in states]
         for site in self.call.adapter.sites(block):
             parts = [self.call.adapter.qkv(block, site, state) for state in states]
@@ -263,35 +292,56 @@ class _BlockCall:
             changed = [{**old, **new} for old, new in zip(changed, updates, strict=True)]
         return changed
 
-    def _attend(self, site: Site, parts: list[Any]) -> Sequence[Tensor]:
+    def _attend(self, site: Site, parts: Sequence[QKV]) -> Sequence[Tensor]:
+        """Join the shots, rotate, attend, and take the groups apart again."""
         call = self.call
-        queries, keys, values = ([getattr(part, name) for part in parts] for name in "qkv")
-        if site.joint in ("joined", "own_shot"):
-            queries, keys = (
-                [_rotated(x, by) for x, by in zip(xs, call.rotations, strict=True)] for xs in (queries, keys)
-            )
+        queries, keys, values = (call.shot_by_shot([part[i] for part in parts]) for i in range(3))
         lengths = [x.shape[1] for x in queries]
-        q, k, v = _autocast(*map(_join, (queries, keys, values)))
+        q, k, v = (_cat(parts, dim=1) for parts in (queries, keys, values))
+        if call.rotation is not None and site.joint in ("joined", "own_shot"):
+            q, k = rotate(q, call.rotation), rotate(k, call.rotation)
+        q, k, v = _autocast(q, k, v)
         if call.cache is not None and site.joint in ("joined", "own_and_global_text"):
             if k.requires_grad or v.requires_grad:
                 raise ValueError("cache: a KV cache is for generation; call under torch.no_grad()")
             space: Space = "text" if site.joint == "own_and_global_text" else _space(call.adapter)
             k, v = call.cache.write((self.index, site.name), space, k, v)
-        attended = attend(q, k, v, call.plan(site), kernel=call.kernel)
+        outs = attend(q, k, v, call.plan(site), kernel=call.kernel).split(lengths, dim=1)
         # A shot's own tokens lie contiguous whatever surrounds it in the row: a matmul's bits depend on the strides.
-        return [out.contiguous() for out in attended.split(lengths, dim=1)]
+        return [_cat([outs[i] for i in group], dim=0).contiguous() for group in call.groups]
+
+
+def _alike(states: Sequence[State]) -> list[list[int]]:
+    """Shots whose states can be stacked, by their indices in the row."""
+    groups: dict[Any, list[int]] = {}
+    for i, state in enumerate(states):
+        tensors = {**state.streams, **state.conditioning}
+        groups.setdefault(tuple((n, x.shape, x.dtype) for n, x in tensors.items()), []).append(i)
+    return list(groups.values())
+
+
+def _stacked(states: Sequence[State]) -> State:
+    first, *rest = states
+    return State(
+        {name: _cat([x, *(state.streams[name] for state in rest)], dim=0) for name, x in first.streams.items()},
+        {name: _cat([x, *(s.conditioning[name] for s in rest)], dim=0) for name, x in first.conditioning.items()},
+    )
 
 
 def _updated(states: Sequence[State], updates: Sequence[dict[str, Tensor]]) -> list[State]:
     return [State({**s.streams, **new}, s.conditioning) for s, new in zip(states, updates, strict=True)]
 
 
-def _rotated(x: Tensor, by: Rotation | None) -> Tensor:
-    return x if by is None else rotate(x, by)
+def _joined(rotations: Sequence[Rotation | None]) -> Rotation | None:
+    """The rotations of all shots, each made by itself: a cosine's bits depend on where it stands in a tensor."""
+    made = [by for by in rotations if by is not None]
+    if not made:
+        return None
+    return Rotation(_cat([by.cos for by in made], dim=0), _cat([by.sin for by in made], dim=0), made[0].pairing)
 
 
-def _join(parts: Sequence[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)
+def _cat(parts: Sequence[Tensor], *, dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=dim)
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import click
 import torch
 from torch import Tensor
 
-from lct_core.cli.options import COUNT, POSITIVE, device, seed
+from lct_core.cli.options import COUNT, FPS, Finite, device, seed
 
 _MODES = ("joint", "conditional", "autoregressive", "causal")
 _VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi")
@@ -40,14 +41,14 @@ _VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi")
 @click.option("--negative-global", default="", help="Negative global prompt.  [default: empty]")
 @click.option(
     "--t-c",
-    type=click.FloatRange(0, 1000),
+    type=Finite(0, 1000),
     default=100.0,
     show_default=True,
     help="Noise level of given and of earlier shots, 0-1000.",
 )
 @click.option("--window", type=COUNT, default=9, show_default=True, help="Most shots that are seen, shot after shot.")
 @click.option("--size", metavar="FxHxW", help="Frames, height and width.  [default: as the first training shot]")
-@click.option("--fps", type=POSITIVE, help="Of the videos.  [default: as in training]")
+@click.option("--fps", type=FPS, help="Of the videos.  [default: as in training]")
 @device
 @seed
 def command(
@@ -88,6 +89,8 @@ def command(
     from lct_core.script import read_script
     from lct_core.training import load_checkpoint
 
+    if not isfinite(guidance):
+        raise ValueError(f"--guidance: got {guidance}, expected a finite number; 1 is none")
     read = read_script(script)
     saved = load_checkpoint(checkpoint)
     if "model" not in saved:
@@ -105,13 +108,15 @@ def command(
     sizes = [_size(size, about["size"])] * len(read.shots)
     for i, clip in clips.items():
         sizes[i] = (clip.shape[1], clip.shape[2], clip.shape[3])
+    for frames, height, width in sizes:
+        if frames > 1 and (height % 2 or width % 2):
+            raise ValueError(
+                f"--size: got a video of {height} x {width} pixels, expected even ones, as MP4 files need; choose "
+                "another size, or an even --multiple of lct tune"
+            )
     scene = start_scene(read, codec, sizes, seed=seed, device=device)
     first = len(scene) - len(read.shots)  # a global shot comes before
     latents = {first + i: codec.encode(clip)[None].to(device) for i, clip in clips.items()}
-    out.mkdir(parents=True, exist_ok=True)
-    if (out / "script.txt").exists():
-        raise FileExistsError(f"{out}: already holds a scene, so it is left alone; choose another --out")
-
     shots = len(read.shots) - len(clips)
     guide = generation.Guidance(
         scale=guidance,
@@ -121,6 +126,10 @@ def command(
         },
     )
     common: dict[str, Any] = {"steps": steps, "guidance": guide}
+    out.mkdir(parents=True, exist_ok=True)
+    if (out / "script.txt").exists() or any(out.glob("shot_*")):
+        raise FileExistsError(f"{out}: already holds a scene, so it is left alone; choose another --out")
+
     console = Console(highlight=False)
     loops = 1 if mode in ("joint", "conditional") else shots
     with Stages(console) as progress, progress(f"generate, {mode}", loops * steps) as advance:
@@ -133,16 +142,16 @@ def command(
             )
         else:
             result = generation.conditional(model, scene, latents, t_c=t_c, pattern=saved["pattern"], **common)
-    frames = [codec.decode(z[0].cpu()) for z in result if z is not None]
+    decoded = [codec.decode(z[0].cpu()) for z in result if z is not None]
     for i, clip in clips.items():
-        frames[i] = clip
+        decoded[i] = clip
     fps = fps or about["fps"]
-    write_scene(out, VideoScene(script=read, shots=tuple(frames)), fps=fps)
+    write_scene(out, VideoScene(script=read, shots=tuple(decoded)), fps=fps)
     written = [out / "contact_sheet.png"]
-    contact_sheet(written[0], [SceneRows([shot.text for shot in read.shots], {mode: frames})])
-    if len({clip.shape[2:] for clip in frames}) == 1:
+    contact_sheet(written[0], [SceneRows([shot.text for shot in read.shots], {mode: decoded})])
+    if len({clip.shape[2:] for clip in decoded}) == 1 and not any(n % 2 for n in decoded[0].shape[2:]):
         written.append(out / "scene.mp4")
-        write_video(written[1], torch.cat(frames, dim=1), fps=fps)
+        write_video(written[1], torch.cat(decoded, dim=1), fps=fps)
     console.print("\n".join(map(str, (out, *written))), soft_wrap=True, markup=False)
 
 

@@ -1,6 +1,7 @@
 """Options that several commands share."""
 
 from collections.abc import Callable
+from math import isfinite
 from typing import Any
 
 import click
@@ -8,16 +9,31 @@ import torch
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
-COUNT = click.IntRange(1, 10**9)
-POSITIVE = click.FloatRange(min=0, min_open=True)
 
-seed = click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of all randomness.")
+class Finite(click.FloatRange):
+    """A range of numbers without NaN, which click's own takes, and without infinity."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The number; click's usage error for another."""
+        number = super().convert(value, param, ctx)
+        if not isfinite(number):
+            self.fail(f"{value!r} is not a finite number.", param, ctx)
+        return number
+
+
+COUNT = click.IntRange(1, 10**9)
+POSITIVE = Finite(min=0, min_open=True)
+FPS = Finite(0.01, 1000)
+
+seed = click.option(
+    "--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of all randomness."
+)
 
 
 def _device(ctx: click.Context, option: click.Parameter, value: str) -> torch.device:
     try:
-        torch.empty(0, device=value)
-    except (RuntimeError, AssertionError) as error:  # an unknown name; one that this machine or build has not
+        torch.empty(0, device=value).cpu()
+    except (RuntimeError, NotImplementedError, AssertionError) as error:  # unknown; not of this machine; without data
         raise ValueError(f"--device: got {value!r}, which torch can't use here: {error}") from error
     return torch.device(value)
 

@@ -7,11 +7,12 @@ from typing import Any, get_args
 import click
 import torch
 
-from lct_core.cli.options import COUNT, POSITIVE, device, seed
+from lct_core.cli.options import COUNT, FPS, POSITIVE, device, seed
 from lct_core.coordinates import Scheme
 
 _STEPS = click.IntRange(min=0)
 _OWN_AREA, _SMALL_AREA = 480 * 480, 64 * 64  # pixels: the paper's; what a small model on a CPU can do
+_LARGEST_PATCH = 32  # pixels: the principal components of larger ones take minutes and gigabytes
 
 
 @click.command("tune")
@@ -54,7 +55,7 @@ _OWN_AREA, _SMALL_AREA = 480 * 480, 64 * 64  # pixels: the paper's; what a small
     type=COUNT,
     help="Height and width are made multiples of this; the small MMDiT's patch.  [default: 16 with --model, else 8]",
 )
-@click.option("--fps", type=POSITIVE, default=12.0, show_default=True, help="Frames per second to sample.")
+@click.option("--fps", type=FPS, default=12.0, show_default=True, help="Frames per second to sample.")
 @click.option("--max-frames", type=COUNT, default=125, show_default=True, help="Most frames of a shot.")
 @click.option("--bf16", is_flag=True, help="Run the model under bfloat16 autocast.")
 @click.option("--checkpointing", is_flag=True, help="Recompute activations in the backward pass, to save memory.")
@@ -98,13 +99,15 @@ def command(
     from lct_core.training import Report, tune
 
     stages = _stages(new=model is None or scheme == "paper", **numbers)
-    multiple = multiple or (16 if model else 8)
-    reading: dict[str, Any] = {
-        "area": area or (_OWN_AREA if model else _SMALL_AREA),
-        "multiple": multiple,
-        "fps": fps,
-        "max_frames": max_frames,
-    }
+    multiple = multiple or (8 if model is None else 16)
+    area = area or (_SMALL_AREA if model is None else _OWN_AREA)
+    if multiple * multiple > area:
+        raise ValueError(
+            f"--multiple: got {multiple}, but its square exceeds the {area} pixels of --area; lower one, or raise the other"
+        )
+    if model is None and multiple > _LARGEST_PATCH:
+        raise ValueError(f"--multiple: got {multiple}, expected at most {_LARGEST_PATCH}, the small MMDiT's patch")
+    reading: dict[str, Any] = {"area": area, "multiple": multiple, "fps": fps, "max_frames": max_frames}
     console = Console(highlight=False)
     with Stages(console) as progress:
 
@@ -119,7 +122,11 @@ def command(
 
         scenes = read(data)
         single_shot_data = read(single_shots) if single_shots else None
-        source = {"factory": model} if model else small_mmdit([*scenes, *(single_shot_data or [])], patch=multiple)
+        source = (
+            {"factory": model}
+            if model is not None
+            else small_mmdit([*scenes, *(single_shot_data or [])], patch=multiple)
+        )
         with torch.random.fork_rng():
             torch.manual_seed(seed)  # a new model's weights
             scene_model, codec = make(source, scheme=scheme, gradient_checkpointing=checkpointing)

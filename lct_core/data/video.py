@@ -279,9 +279,10 @@ def _import_av() -> ModuleType:
 
 
 def _rate(fps: float) -> Fraction:
-    if not (isfinite(fps) and fps > 0):
-        raise ValueError(f"fps: got {fps}, expected a positive number of frames per second")
-    return Fraction(fps).limit_denominator(1001)
+    rate = Fraction(fps).limit_denominator(1001) if isfinite(fps) else Fraction(0)
+    if rate <= 0:
+        raise ValueError(f"fps: got {fps}, expected a positive number of frames per second, at least 1/1001")
+    return rate
 
 
 def _sample(frames: Iterable[Any], *, fps: Fraction, shown_for: Fraction) -> Iterator[Any]:

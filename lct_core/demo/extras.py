@@ -21,6 +21,7 @@ from lct_core.noise import keyed_generator
 from lct_core.script import Script, ScriptShot
 
 Progress = Callable[..., AbstractContextManager[Callable[[], None]]]
+FILES = ("accumulation.png", "long_scene.png", "composition.png")
 
 
 def run(out: Path, generator: Generator, settings: Settings, *, progress: Progress) -> dict[str, Any]:

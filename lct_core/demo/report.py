@@ -56,10 +56,10 @@ def report(metrics: dict[str, Any], out: Path, console: Console) -> None:
 
 
 def verdicts(metrics: dict[str, Any]) -> Iterator[tuple[str, float, str, bool]]:
-    """Every goal: what, its value, the bound in words, and whether it is met."""
+    """Every goal: what, its value, the bound in words, and whether it is met; 0 / 0 meets none."""
 
     def over(a: str, b: str) -> float:
-        return metrics[a] / metrics[b] if metrics[b] else float("inf")
+        return metrics[a] / metrics[b] if metrics[b] else float("inf" if metrics[a] else "nan")
 
     for mode, times in GOALS.items():
         below = over("independent_error", f"{mode}_error")

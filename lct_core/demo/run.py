@@ -179,7 +179,7 @@ def _claim(out: Path) -> None:
         raise FileExistsError(f"{out}: holds something else than a run of the demo, so it is left alone; choose --out")
     out.mkdir(parents=True, exist_ok=True)
     (out / _OURS).touch()
-    for old in (*out.glob("*.pt"), out / METRICS):
+    for old in (*out.glob("*.pt"), out / METRICS, *(out / name for name in extras.FILES)):
         old.unlink(missing_ok=True)
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from lct_core.backbone import ShotInput
-from lct_core.generation.conditional import conditional
+from lct_core.generation.conditional import conditional, left_to_generate, with_dummy_video
 from lct_core.generation.euler import Callback, Latents, Step
 from lct_core.generation.guidance import Guidance
 from lct_core.generation.history import History, choose, recent
@@ -46,9 +46,11 @@ def autoregressive(
         ValueError: as :func:`conditional` does, and for a history that is not of earlier shots.
     """
     done = dict(given or {})
+    left = left_to_generate(scene, done, t_c)
+    scene = with_dummy_video(model, scene)
     shots = [i for i, shot in enumerate(scene) if shot.role != "global"]
     everywhere = [i for i, shot in enumerate(scene) if shot.role == "global"]
-    for i in (i for i in shots if i not in done):
+    for i in left:
         seen = [*everywhere, *choose(history or recent(), shots, i), i]
         *_, last = conditional(
             model,

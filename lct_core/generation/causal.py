@@ -8,7 +8,7 @@ import torch
 
 from lct_core.backbone import ShotInput
 from lct_core.cache import KVCache
-from lct_core.generation.conditional import noised_shots, predict
+from lct_core.generation.conditional import left_to_generate, noised_shots, predict, with_dummy_video
 from lct_core.generation.euler import Callback, Latents, euler
 from lct_core.generation.guidance import Guidance, branches
 from lct_core.generation.history import History, choose, recent
@@ -51,6 +51,8 @@ def causal(
         ValueError: as :func:`conditional` does, and for a history that is not of earlier shots.
     """
     done = dict(given or {})
+    left = left_to_generate(scene, done, t_c)
+    scene = with_dummy_video(model, scene)
     noised = noised_shots(model, scene, done, t_c)
     texts = branches(scene, guidance)
     caches = [KVCache() for _ in texts]
@@ -67,14 +69,16 @@ def causal(
         ]
         return said[0] if guidance is None or len(said) == 1 else guidance.combine(*said)
 
-    for i in everywhere:
-        _write_global(model, scene, i, texts, caches)
+    for i in everywhere:  # clean, and first: it sees nothing else
+        for branch, cache in zip(texts, caches, strict=True):
+            predict(model, [branch[i]], [0.0], [], pattern="context_causal", cache=cache)
+            cache.append(i)
     for i in shots:
         seen = [*everywhere, *choose(history or recent(), shots, i)]
         for cache in caches:
             if [entry.id for entry in cache.shots] != seen:
                 cache.select(seen)
-        if i not in done:
+        if i in left:
             (done[i],) = euler(partial(run, i), [scene[i].latents], steps=steps, shots=[i], callback=callback)
             noised |= noised_shots(model, scene, {i: done[i]}, t_c)
         if i != shots[-1]:
@@ -82,20 +86,3 @@ def causal(
             for cache in caches:
                 cache.append(i)
     return [done.get(i) for i in range(len(scene))]
-
-
-def _write_global(
-    model: SceneModel,
-    scene: Sequence[ShotInput],
-    i: int,
-    texts: Sequence[Sequence[ShotInput]],
-    caches: Sequence[KVCache],
-) -> None:
-    """Cache the global shot, clean, in a pass of its own: as it comes first in its scene, it sees nothing else."""
-    latents = scene[i].latents
-    if latents is None:
-        following = next(shot for shot in scene[i:] if shot.role != "global")
-        latents = torch.zeros_like(following.latents[:, :, : model.adapter.traits.patch[0]])
-    for branch, cache in zip(texts, caches, strict=True):
-        predict(model, [replace(branch[i], latents=latents)], [0.0], [], pattern="context_causal", cache=cache)
-        cache.append(i)

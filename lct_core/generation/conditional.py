@@ -48,10 +48,8 @@ def conditional(
         ValueError: as :class:`SceneModel` does; for a given shot that the scene does not have or of another shape, a
             scene with nothing to generate, a level outside 0-1000 and fewer than one step.
     """
+    active = left_to_generate(scene, given, t_c)
     held = noised_shots(model, scene, given, t_c)
-    active = [i for i, shot in enumerate(scene) if shot.role != "global" and i not in given]
-    if not active:
-        raise ValueError(f"given: shots {sorted(given)} are given, expected at least one left to generate")
     texts = branches(scene, guidance)
 
     def velocity(latents: list[Latents], t: float) -> list[Latents]:
@@ -65,21 +63,29 @@ def conditional(
     return [result.get(i) for i in range(len(scene))]
 
 
-def noised_shots(
-    model: SceneModel, scene: Sequence[ShotInput], given: Mapping[int, Latents], t_c: float
-) -> dict[int, Latents]:
-    """Given shots at the noise level of a condition, each with its own noise: its latents in the scene.
+def left_to_generate(scene: Sequence[ShotInput], given: Mapping[int, Latents], t_c: float) -> list[int]:
+    """Indices of the shots of a scene that are not given.
 
     Raises:
-        ValueError: for a given shot that the scene does not have or of another shape, and a level outside 0-1000.
+        ValueError: where there are none, for a shot without noise, a global shot that is not the first, a given shot
+            that the scene does not have or of another shape, and a level outside 0-1000.
     """
     if not 0 <= t_c <= 1000:
         raise ValueError(
             f"t_c: got {t_c!r}, expected a level from 0 (clean) to 1000 (noise); the paper uses 100 to 500"
         )
+    roles = [shot.role for shot in scene]
+    if "global" in roles[1:] or "shot" not in roles:
+        raise ValueError(f"scene: got roles {roles}, expected shots, and before them at most one global shot")
+    shots = [i for i, role in enumerate(roles) if role != "global"]
+    for i in shots:
+        if not isinstance(scene[i].latents, Tensor):
+            raise ValueError(
+                f"scene: shot {i} has latents {scene[i].latents!r}, expected the noise that it starts from, "
+                "also where it is given; lct_core.shot_noise draws it"
+            )
     for i, latents in given.items():
-        if i not in range(len(scene)) or scene[i].role == "global":
-            shots = [n for n, shot in enumerate(scene) if shot.role != "global"]
+        if i not in shots:
             raise ValueError(f"given: got shot {i!r}, expected one of {shots}, the scene's shots counting from 0")
         noise = scene[i].latents
         if not isinstance(latents, Tensor) or latents.shape != noise.shape:
@@ -87,6 +93,27 @@ def noised_shots(
                 f"given: shot {i} is {describe(latents)}, expected the shape of its noise in the scene, "
                 f"{describe(noise)}"
             )
+    left = [i for i in shots if i not in given]
+    if not left:
+        raise ValueError(f"given: shots {sorted(given)} are given, expected at least one left to generate")
+    return left
+
+
+def with_dummy_video(model: SceneModel, scene: Sequence[ShotInput]) -> list[ShotInput]:
+    """The scene with a global shot's dummy video filled in, as large as the first shot.
+
+    As :class:`SceneModel` does it; but where shots are generated one after the other, calls may leave the first out.
+    """
+    first, *rest = scene
+    if first.role != "global" or first.latents is not None:
+        return list(scene)
+    return [replace(first, latents=torch.zeros_like(rest[0].latents[:, :, : model.adapter.traits.patch[0]])), *rest]
+
+
+def noised_shots(
+    model: SceneModel, scene: Sequence[ShotInput], given: Mapping[int, Latents], t_c: float
+) -> dict[int, Latents]:
+    """Given shots at the noise level of a condition, each with its own noise: its latents in the scene."""
     path = model.adapter.traits.path
     return {
         i: path.add_noise(latents, scene[i].latents, torch.full((len(latents),), t_c / 1000))

@@ -7,7 +7,7 @@ from math import isfinite
 from jaxtyping import Float
 from torch import Tensor
 
-from lct_core.backbone import ShotInput
+from lct_core.backbone import ShotInput, describe
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -35,9 +35,22 @@ class Guidance:
             raise ValueError(f"scale: got {self.scale}, expected a finite number; 1 is no guidance")
 
     def negative(self, scene: Sequence[ShotInput]) -> list[ShotInput]:
-        """The scene with its texts replaced."""
-        texts = {"shot": self.text, "global": self.text if self.global_text is None else self.global_text}
-        return [replace(shot, text=texts[shot.role].to(shot.text).expand(len(shot.text), -1, -1)) for shot in scene]
+        """The scene with its texts replaced.
+
+        Raises:
+            ValueError: for a negative prompt that is not encoded for one entry of the batch, or for each.
+        """
+        return [replace(shot, text=self._text(shot)) for shot in scene]
+
+    def _text(self, shot: ShotInput) -> Tensor:
+        name = "global_text" if shot.role == "global" and self.global_text is not None else "text"
+        text, batch = getattr(self, name), len(shot.text)
+        if not isinstance(text, Tensor) or text.ndim != 3 or len(text) not in (1, batch):
+            raise ValueError(
+                f"{name}: got {describe(text)}, expected [1 or {batch}, tokens, width]: one encoded negative prompt "
+                "for all entries of the batch, or one for each"
+            )
+        return text.to(shot.text).expand(batch, -1, -1)
 
     def combine(self, positive: Sequence[Tensor], negative: Sequence[Tensor]) -> list[Tensor]:
         """The guided velocity of every shot; at a scale of 0 it is the negative's, at 1 the positive's."""

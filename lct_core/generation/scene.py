@@ -35,7 +35,7 @@ def start_scene(
     Raises:
         ValueError: for a number of sizes that differs from the shots', and as the codec does.
     """
-    sizes: list[Any] = [size] * len(script.shots) if isinstance(size[0], int) else list(size)
+    sizes: list[Any] = [size] * len(script.shots) if size and isinstance(size[0], int) else list(size)
     if len(sizes) != len(script.shots):
         raise ValueError(f"size: got {len(sizes)}, expected one, or one for each of the {len(script.shots)} shots")
     overall = script.global_prompt()

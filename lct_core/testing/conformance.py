@@ -247,6 +247,16 @@ class _Case:
             row = self.model([shots[:2], shots[2:]], t, pattern=pattern)
             alone = [self.model(shots[:2], t[:, :2], pattern=pattern), self.model(shots[2:], t[:, 2:], pattern=pattern)]
             yield self._finding(5, "packing changes no scene", "packed", _flat(row), _flat(alone), pattern)
+            twins, levels = self._inputs(seed=1)
+            together = [[shots[0], twins[1], twins[0]], [shots[2], twins[2], shots[1]]]
+            order = torch.cat([t, levels], dim=1)[:, [0, 4, 3, 2, 5, 1]]
+            one_by_one = self.model(together, order, pattern=pattern)
+            self.model.batch_shots = True
+            batched = self.model(together, order, pattern=pattern)
+            self.model.batch_shots = False
+            name = "shots of equal shape run as a batch equal shots run one by one"
+            own = self._own_error(pattern)
+            yield self._finding(5, name, "batched", _flat(batched), _flat(one_by_one), pattern, own=own)
 
     def _checkpointed(self) -> Iterator[Finding]:
         shots, t = self._inputs()

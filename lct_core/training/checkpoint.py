@@ -1,9 +1,9 @@
 """Files to go on from: written whole or not at all, read without running anything in them."""
 
 import os
-import pickle
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 
@@ -33,9 +33,11 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file, expected a checkpoint that lct tune wrote")
+    if not is_zipfile(path):  # what torch.save writes
+        raise ValueError(f"{path}: can't be read as a checkpoint; is the file complete?")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError) as error:
+    except Exception as error:  # the bytes of a broken file can fail in any way
         raise ValueError(f"{path}: can't be read as a checkpoint; is the file complete?") from error
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise ValueError(f"{path}: not a checkpoint that lct tune wrote, expected one in the format {_FORMAT!r}")

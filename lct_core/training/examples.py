@@ -82,7 +82,7 @@ def single_shots(
     """
     examples = []
     for _ in range(count):
-        scene = data[_below(len(data), generator)]
+        scene = _choose(data, generator)
         i = _below(len(scene.shots), generator)
         prompt = "" if _chance(dropout, generator) else scene.script.shots[i].text
         examples.append(_example([_shot(scene.shots[i], prompt, codec)], generator))
@@ -102,7 +102,7 @@ def scene_examples(
     """
     examples = []
     for _ in range(stage.scenes):
-        scene = data[_below(len(data), generator)]
+        scene = _choose(data, generator)
         run = sample_shot_run(len(scene.shots), generator=generator, max_shots=stage.max_shots)
         clips = substitute_single_frames(
             [scene.shots[i] for i in run], generator=generator, probability=stage.single_frame
@@ -166,6 +166,12 @@ def _layout(example: Example) -> tuple[Any, ...]:
 
 def _cat(tensors: Sequence[Tensor | None]) -> Tensor | None:
     return None if tensors[0] is None else torch.cat([t for t in tensors if t is not None])
+
+
+def _choose(data: Sequence[VideoScene], generator: torch.Generator) -> VideoScene:
+    if not len(data):
+        raise ValueError("data: got no scene, expected at least one to draw from")
+    return data[_below(len(data), generator)]
 
 
 def _below(limit: int, generator: torch.Generator) -> int:

@@ -127,7 +127,8 @@ def train(
             training.ema.copy_to_model()
         if on_step is not None:
             kind = "scene" if stage.is_scene_step(step) else "single_shot"
-            on_step(Report(stage.name, step + 1, kind, len(loss.shots), loss.mean.item(), rate, norm.item()))
+            shots = len(row.levels) * len(loss.shots)
+            on_step(Report(stage.name, step + 1, kind, shots, loss.mean.item(), rate, norm.item()))
 
 
 def _autocast(stage: Stage, device: torch.device) -> AbstractContextManager[Any]:

@@ -50,7 +50,7 @@ def tune(
         seed: Of the run.
         about: What to keep beside the weights: how to make the model and the codec again.
         resume: Go on from ``checkpoint.pt`` instead of starting anew. Stages, seed and ``about`` must be the same.
-        save_every: Steps between checkpoints; the end of a stage is one too.
+        save_every: Steps between checkpoints; the end of a stage is one too, and the start of the run.
         single_shot_data: Where single shots come from (default: the scenes' own shots).
         on_step: Called after every step.
         on_stage: Called at the end of every stage, when the model has its weights.
@@ -64,6 +64,8 @@ def tune(
     names = [stage.name for stage in stages]
     if len(set(names)) != len(names) or not names:
         raise ValueError(f"stages: got {names}, expected at least one, each with a name of its own")
+    if CHECKPOINT in [f"{name}.pt" for name in names]:
+        raise ValueError(f"stages: got {names}, expected none whose file would be {CHECKPOINT}; choose another name")
     if save_every < 1:
         raise ValueError(f"save_every: got {save_every}, expected at least 1")
     settings = {"stages": [asdict(stage) for stage in stages], "seed": seed, "about": dict(about or {})}
@@ -74,9 +76,12 @@ def tune(
         first = names.index(saved["stage"])
     elif (out / METRICS).exists() or (out / CHECKPOINT).exists():
         raise FileExistsError(f"{out}: holds a run already, so it is left alone; resume it, or choose another folder")
-    out.mkdir(parents=True, exist_ok=True)
+    if saved is None:  # a run that stops before its first checkpoint can be resumed too
+        out.mkdir(parents=True, exist_ok=True)
+        start = Training(model, stages[0]).state_dict()
+        save_checkpoint(out / CHECKPOINT, {**settings, "stage": names[0], "training": start})
     kept = _kept_lines(out / METRICS, names, first, saved["training"]["step"]) if saved else []
-    with (out / METRICS).open("w", encoding="utf-8") as log:
+    with (out / METRICS).open("w", encoding="utf-8", buffering=1) as log:  # whole lines, on disk at once
         log.writelines(kept)
         for stage in stages[first:]:
             training = Training(model, stage)
@@ -100,7 +105,6 @@ def tune(
                     single_shot_data=single_shot_data,
                     on_step=note,
                 )
-                log.flush()
                 save_checkpoint(out / CHECKPOINT, {**settings, "stage": stage.name, "training": training.state_dict()})
             save_checkpoint(
                 out / f"{stage.name}.pt",
@@ -126,11 +130,14 @@ def _differences(old: Any, new: Any, name: str = "") -> Iterator[str]:
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         for key in {**old, **new}:
             yield from _differences(old.get(key), new.get(key), f"{name}.{key}" if name else str(key))
-    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        for i, pair in enumerate(zip(old, new, strict=True)):
-            yield from _differences(*pair, f"{name}[{i}]")
-    elif isinstance(old, Tensor) and isinstance(new, Tensor):
-        if not torch.equal(old, new):
+    elif isinstance(old, list | tuple) and isinstance(new, list | tuple):
+        if len(old) != len(new):
+            yield f"{len(old)} entries in {name}, not {len(new)}"
+        else:
+            for i, pair in enumerate(zip(old, new, strict=True)):
+                yield from _differences(*pair, f"{name}[{i}]")
+    elif any(isinstance(value, Mapping | list | tuple | Tensor) for value in (old, new)):
+        if not (isinstance(old, Tensor) and isinstance(new, Tensor) and torch.equal(old, new)):
             yield f"another {name}"
     elif old != new:
         yield f"{name} = {old!r}, not {new!r}"

@@ -1,5 +1,6 @@
 """What one stage of tuning does, as numbers; the defaults are the paper's."""
 
+import re
 from dataclasses import dataclass
 from math import isfinite
 from typing import Literal
@@ -15,7 +16,7 @@ class Stage:
     """One stage of tuning.
 
     Args:
-        name: What logs and checkpoints call it.
+        name: What logs and checkpoints call it: letters, digits, ``-`` and ``_``.
         steps: Optimiser steps.
         pattern: Attention between shots: ``"bidirectional"`` or ``"context_causal"``.
         scene_share: Share of the steps that take scenes; the others take single shots (paper, A.1: 1:1).
@@ -59,20 +60,26 @@ class Stage:
     precision: Precision = "fp32"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not re.fullmatch(r"[\w-]+", self.name):
+            raise ValueError(f"name: got {self.name!r}, expected letters, digits, - and _: files are named like it")
         if self.pattern not in PATTERNS:
             raise ValueError(f"pattern: got {self.pattern!r}, expected one of {list(PATTERNS)}")
         if self.precision not in ("fp32", "bf16"):
             raise ValueError(f"precision: got {self.precision!r}, expected 'fp32' or 'bf16'")
         for name in ("steps", "single_shots", "scenes", "max_shots"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < (0 if name == "steps" else 1):
-                raise ValueError(f"{name}: got {value!r}, expected an int of at least {0 if name == 'steps' else 1}")
+            value, least = getattr(self, name), 0 if name == "steps" else 1
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"{name}: got {value!r}, expected an int of at least {least}")
         for name in ("scene_share", "warm_up", "single_frame", "text_dropout", "storyline_dropout", "ema"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected a number from 0 to 1")
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not 0 <= value <= 1:
+                raise ValueError(f"{name}: got {value!r}, expected a number from 0 to 1")
         for name in ("learning_rate", "clip", "level_std"):
-            if not (isfinite(getattr(self, name)) and getattr(self, name) > 0):
-                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected a positive number")
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not (isfinite(value) and value > 0):
+                raise ValueError(f"{name}: got {value!r}, expected a positive number")
+        if not isinstance(self.level_mean, int | float) or not isfinite(self.level_mean):
+            raise ValueError(f"level_mean: got {self.level_mean!r}, expected a finite number")
 
     def is_scene_step(self, step: int) -> bool:
         """Whether a step takes scenes: evenly spread, in exactly the share asked for."""

@@ -1,0 +1,925 @@
+import copy
+import inspect
+import re
+from dataclasses import replace
+from functools import cache as once
+from functools import partial
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given as drawn
+from hypothesis import strategies as st
+
+from lct_backbones.mmdit import tiny
+from lct_core import KVCache, Shot, ShotInput, generation, retrofit, selected_history, shot_noise
+from lct_core.codec import Codec, LinearCodec
+from lct_core.generation import Guidance, Step, autoregressive, causal, conditional, euler, joint, recent
+from lct_core.generation.history import choose
+from lct_core.generation.scene import negative_texts, start_scene
+from lct_core.script import Script, ScriptShot
+from lct_core.testing.definition import definition
+from lct_core.testing.strategies import shots
+from lct_core.testing.tolerances import BOUNDS, error
+
+FLOAT32 = BOUNDS[torch.float32]
+SCHEMES = ("anchored", "paper")
+FOUR = [Shot(2, (2, 2, 3)), Shot(0, (1, 1, 1)), Shot(3, (1, 4, 2)), Shot(1, (3, 1, 2))]  # two of them are images
+MODES = {"joint": joint, "conditional": conditional, "autoregressive": autoregressive, "causal": causal}
+SHOT_AFTER_SHOT = ("autoregressive", "causal")
+
+
+@once
+def scene_model(scheme="anchored"):
+    return retrofit(tiny(), scheme=scheme)
+
+
+def random(*size, seed):
+    return torch.randn(size, generator=torch.Generator().manual_seed(seed))
+
+
+def draw(*counts, with_global, batch=2, seed=0):
+    """Shots of noise with texts; a global shot before them has no latents."""
+    generator, adapter = torch.Generator().manual_seed(seed), scene_model().adapter
+    scene = [adapter.example(shot, batch=batch, generator=generator, dtype=torch.float32) for shot in counts]
+    overall = ShotInput(text=random(batch, 4, 16, seed=seed + 1), role="global")
+    return [overall, *scene] if with_global else scene
+
+
+def clean(scene, *indices):
+    return {i: random(*scene[i].latents.shape, seed=100 + i) for i in indices}
+
+
+def run(mode, model, scene, given, **options):
+    """Any mode: joint generation is that of nothing given."""
+    return joint(model, scene, **options) if mode == "joint" else MODES[mode](model, scene, given, **options)
+
+
+def same(got, expected):
+    """Bit for bit, shot by shot."""
+    return len(got) == len(expected) and all(
+        x is y is None or (x is not None and y is not None and torch.equal(x, y))
+        for x, y in zip(got, expected, strict=True)
+    )
+
+
+def worst(got, expected):
+    assert [x is None for x in got] == [x is None for x in expected]
+    return max(error(x, y) for x, y in zip(got, expected, strict=True) if y is not None)
+
+
+# The definitions: loops over steps, with all shots in one call.
+
+
+def velocity(model, shots, levels, *, pattern, guidance=None):
+    """Plain classifier-free guidance: two calls, in the second of which every text is a negative one."""
+    positive = model(shots, levels, pattern=pattern)
+    if guidance is None:
+        return positive
+    scale, text, overall = guidance
+    negative = [replace(shot, text=overall if shot.role == "global" else text) for shot in shots]
+    said = zip(positive, model(negative, levels, pattern=pattern), strict=True)
+    return [None if p is None else n + scale * (p - n) for p, n in said]
+
+
+@torch.no_grad()
+def at_once(model, scene, given, *, steps, t_c=100.0, pattern="bidirectional", guidance=None):
+    """All shots that are not given, from those that are, at one noise level."""
+    scene, held = list(scene), torch.tensor(t_c / 1000)
+    for i, latents in given.items():
+        scene[i] = replace(scene[i], latents=(1 - held) * latents + held * scene[i].latents)
+    for step in range(steps):
+        t = 1 - step / steps
+        levels = [0.0 if shot.role == "global" else t_c / 1000 if i in given else t for i, shot in enumerate(scene)]
+        change = velocity(model, scene, torch.tensor(levels), pattern=pattern, guidance=guidance)
+        for i, shot in enumerate(scene):
+            if shot.role == "shot" and i not in given:
+                scene[i] = replace(shot, latents=shot.latents - change[i] / steps)
+    return [None if shot.role == "global" else given.get(i, shot.latents) for i, shot in enumerate(scene)]
+
+
+def with_dummy_video(scene):
+    """A global shot's video: zeros, one latent frame, as large as the scene's first shot, whichever shots are seen."""
+    first, *rest = scene
+    if first.role != "global":
+        return scene
+    return [replace(first, latents=torch.zeros_like(rest[0].latents[:, :, :1])), *rest]
+
+
+def one_by_one(model, scene, given, *, seen, **options):
+    """Shot after shot, every step with the history in the call; with context-causal attention: causal, uncached."""
+    done, scene = dict(given), with_dummy_video(scene)
+    for i, shot in enumerate(scene):
+        if shot.role == "shot" and i not in done:
+            row = [j for j in range(i) if scene[j].role == "global"] + list(seen(i)) + [i]
+            history = {place: done[j] for place, j in enumerate(row) if j in done}
+            done[i] = at_once(model, [scene[j] for j in row], history, **options)[-1]
+    return [done.get(i) for i in range(len(scene))]
+
+
+@torch.no_grad()
+def by_hand(model, scene, given, *, seen, steps, t_c=100.0, guidance=None):
+    """Causal with any history: a cache for each branch, in which a shot stays as it was written."""
+    scale, text, overall = guidance or (1, None, None)
+    caches = [KVCache() for _ in range(1 if guidance is None else 2)]
+    held, result, scene = torch.tensor([t_c / 1000]), [], with_dummy_video(scene)
+
+    def look(i, latents, t):
+        worded = [scene[i].text, overall if scene[i].role == "global" else text][: len(caches)]
+        said = [
+            model([replace(scene[i], latents=latents, text=words)], t, pattern="context_causal", cache=cache)[0]
+            for words, cache in zip(worded, caches, strict=True)
+        ]
+        return said[0] if len(said) == 1 or said[0] is None else said[1] + scale * (said[0] - said[1])
+
+    for i, shot in enumerate(scene):
+        if shot.role == "global":
+            latents, level = shot.latents, torch.zeros(1)
+            result.append(None)
+        else:
+            for cache in caches:
+                cache.select([*[j for j in range(i) if scene[j].role == "global"], *seen(i)])
+            latents, level = given.get(i, shot.latents), held
+            for step in range(0 if i in given else steps):
+                latents = latents - look(i, latents, torch.tensor([1 - step / steps])) / steps
+            result.append(latents)
+            latents = (1 - held) * latents + held * shot.latents
+        look(i, latents, level)
+        for cache in caches:
+            cache.append(i)
+    return result
+
+
+def earlier(scene, i):
+    return [j for j in range(i) if scene[j].role == "shot"]
+
+
+def windows(scene, window):
+    """What :func:`recent` shall choose."""
+    return lambda i: [j for j in earlier(scene, i) if i - j < window]
+
+
+def within(passes, guidance=None):
+    """What a cache may change in passes that follow one another.
+
+    Each pass may add what one may; guidance takes ``scale`` of one velocity and ``1 - scale`` of the other.
+    """
+    scale = 1 if guidance is None else guidance[0]
+    return passes * (abs(scale) + abs(1 - scale)) * FLOAT32["cached"].absolute
+
+
+def negatives(batch=2, seed=50):
+    """Of a scale and texts of other lengths than any prompt's: as the definitions take them."""
+    return 3.0, random(batch, 6, 16, seed=seed), random(batch, 7, 16, seed=seed + 1)
+
+
+def guide(scale, text, overall):
+    return Guidance(scale=scale, text=text, global_text=overall)
+
+
+# Every mode against its definition.
+
+varied = pytest.mark.parametrize(  # every pair of them; test_any_scene_by_its_definition has all three
+    ("scheme", "with_global", "guided"),
+    [("anchored", False, False), ("anchored", True, True), ("paper", False, True), ("paper", True, False)],
+)
+both_schemes = pytest.mark.parametrize("scheme", SCHEMES)
+with_and_without_global = pytest.mark.parametrize("with_global", [False, True])
+guided_or_not = pytest.mark.parametrize("guided", [False, True])
+
+
+@varied
+@pytest.mark.parametrize("pattern", ["bidirectional", "context_causal"])
+def test_joint(scheme, with_global, guided, pattern):
+    model, scene = scene_model(scheme), draw(*FOUR, with_global=with_global)
+    guidance = negatives() if guided else None
+    got = joint(model, scene, steps=3, pattern=pattern, guidance=guidance and guide(*guidance))
+    assert same(got, at_once(model, scene, {}, steps=3, pattern=pattern, guidance=guidance))
+
+
+@both_schemes
+@with_and_without_global
+def test_joint_by_the_scene_models_own_definition(scheme, with_global):
+    """Nothing of the engine: dense masks, coordinates written down, attention in float64."""
+    model, scene, steps = scene_model(scheme), draw(*FOUR, with_global=with_global), 4
+    got = joint(model, scene, steps=steps)
+    if with_global:
+        scene[0] = replace(scene[0], latents=torch.zeros(2, 4, 1, 4, 6))
+    for step in range(steps):
+        levels = torch.tensor([0.0 if shot.role == "global" else 1 - step / steps for shot in scene])
+        with torch.no_grad():
+            change = definition(model.adapter, [scene], levels, scheme=scheme, pattern="bidirectional")
+        moved = zip(scene, change, strict=True)
+        scene = [s if s.role == "global" else replace(s, latents=s.latents - v / steps) for s, v in moved]
+    expected = [None if shot.role == "global" else shot.latents for shot in scene]
+    assert worst(got, expected) <= steps * FLOAT32["definition"].absolute
+
+
+@varied
+@pytest.mark.parametrize(
+    ("places", "t_c", "pattern"),
+    [
+        ([0], 100, "bidirectional"),
+        ([1, 2], 500, "bidirectional"),
+        ([3, 0, 1], 1000, "bidirectional"),
+        ([2], 0, "context_causal"),
+    ],
+)
+def test_conditional(scheme, with_global, guided, pattern, places, t_c):
+    model, scene = scene_model(scheme), draw(*FOUR, with_global=with_global)
+    given = clean(scene, *[i + with_global for i in places])
+    guidance = negatives() if guided else None
+    got = conditional(model, scene, given, t_c=t_c, steps=3, pattern=pattern, guidance=guidance and guide(*guidance))
+    assert same(got, at_once(model, scene, given, t_c=t_c, steps=3, pattern=pattern, guidance=guidance))
+    assert all(got[i] is latents for i, latents in given.items())  # as they came
+
+
+@varied
+@pytest.mark.parametrize(
+    ("places", "window", "pattern"),
+    [
+        ([], 9, "bidirectional"),
+        ([0, 1], 9, "bidirectional"),
+        ([2], 3, "bidirectional"),
+        ([], 2, "bidirectional"),
+        ([1], 1, "bidirectional"),
+        ([1], 9, "context_causal"),
+    ],
+)
+def test_autoregressive(scheme, with_global, guided, pattern, places, window):
+    model, scene = scene_model(scheme), draw(*FOUR, with_global=with_global)
+    given = clean(scene, *[i + with_global for i in places])
+    guidance, options = negatives() if guided else None, {"t_c": 300.0, "steps": 2, "pattern": pattern}
+    got = autoregressive(model, scene, given, history=recent(window), guidance=guidance and guide(*guidance), **options)
+    expected = one_by_one(model, scene, given, seen=windows(scene, window), guidance=guidance, **options)
+    assert same(got, expected)
+    assert all(got[i] is latents for i, latents in given.items())
+
+
+@varied
+@pytest.mark.parametrize(("places", "t_c"), [([], 100.0), ([0, 1], 500.0), ([2], 0.0), ([1, 3], 100.0)])
+def test_causal_equals_running_everything_again(scheme, with_global, guided, places, t_c):
+    model, scene, steps = scene_model(scheme), draw(*FOUR, with_global=with_global), 2
+    given = clean(scene, *[i + with_global for i in places])
+    guidance = negatives() if guided else None
+    got = causal(model, scene, given, t_c=t_c, steps=steps, guidance=guidance and guide(*guidance))
+    again = partial(one_by_one, model, scene, given, t_c=t_c, steps=steps, guidance=guidance)
+    expected = again(seen=partial(earlier, scene), pattern="context_causal")
+    passes = steps * (len(FOUR) - len(places))
+    assert worst(got, expected) <= within(passes, guidance)
+    assert all(got[i] is latents for i, latents in given.items())
+    assert worst(got, again(seen=partial(earlier, scene), pattern="bidirectional")) > 1e-3
+
+
+# Histories.
+
+
+@varied
+@pytest.mark.parametrize(
+    ("places", "chosen"),
+    [
+        ([], {0: [], 1: [0], 2: [1], 3: [2]}),
+        ([1], {0: [], 1: [], 2: [1, 0], 3: [2, 0]}),
+        ([0], {0: [], 1: [0], 2: [], 3: [1, 2, 0]}),  # what was dropped comes back
+    ],
+)
+def test_causal_with_a_selection_keeps_every_shot_as_it_was_written(scheme, with_global, guided, places, chosen):
+    model, scene = scene_model(scheme), draw(*FOUR, with_global=with_global)
+    given = clean(scene, *[i + with_global for i in places])
+    guidance = negatives() if guided else None
+
+    def seen(i):
+        return [j + with_global for j in chosen[i - with_global]]
+
+    options = {"steps": 2, "t_c": 200.0}
+    got = causal(
+        model,
+        scene,
+        given,
+        history=lambda before: seen(len(before) + with_global),
+        guidance=guidance and guide(*guidance),
+        **options,
+    )
+    assert same(got, by_hand(model, scene, given, seen=seen, guidance=guidance, **options))
+    again = one_by_one(model, scene, given, seen=seen, guidance=guidance, pattern="context_causal", **options)
+    assert worst(got, again) > 1e-3  # there, shots of the history see one another anew
+
+
+@both_schemes
+def test_causal_puts_selected_shots_side_by_side(scheme):
+    """Without a cache: shots that were made alone, in another order than their own, at their new places."""
+    model, scene = scene_model(scheme), draw(*FOUR, with_global=False)
+    chosen = {0: [], 1: [], 2: [], 3: [2, 0, 1]}
+
+    def alone(row):
+        """No shot but the last sees one before it."""
+        *history, last = range(row.num_shots)
+        return selected_history(row, [[]] * last + [history])
+
+    got = causal(model, scene, history=lambda before: chosen[len(before)], steps=2)
+    by_definition = partial(one_by_one, model, scene, {}, steps=2, pattern=alone)
+    bound = FLOAT32["cached"].absolute + FLOAT32["moved keys"].absolute
+    assert worst(got, by_definition(seen=chosen.get)) <= 2 * bound  # in each of two steps
+    assert worst(got, by_definition(seen=partial(earlier, scene))) > 1e-3
+
+
+@pytest.mark.parametrize("mode", SHOT_AFTER_SHOT)
+@with_and_without_global
+def test_nine_shots_are_seen_by_default(mode, with_global):
+    scene = draw(*[Shot(1, (1, 1, 1))] * 10, with_global=with_global)
+    generate = partial(MODES[mode], scene_model(), scene, clean(scene, *earlier(scene, len(scene) - 1)), steps=1)
+    got = generate()
+    assert same(got, generate(history=lambda before: before[-8:]))
+    for others in (generate(history=lambda before: before[-7:]), generate(history=lambda before: before)):
+        assert worst(got, others) > 1e-3
+
+
+@pytest.mark.parametrize("mode", SHOT_AFTER_SHOT)
+@with_and_without_global
+def test_a_history_is_asked_with_the_scenes_own_indices(mode, with_global):
+    asked = []
+    scene = draw(*FOUR, with_global=with_global)
+    MODES[mode](scene_model(), scene, steps=1, history=lambda before: (asked.append(list(before)), before)[1])
+    everyone = list(range(with_global, with_global + 4))
+    assert asked == [everyone[:n] for n in range(4)]
+
+
+@drawn(before=st.lists(st.integers(0, 99), unique=True).map(sorted), window=st.integers(1, 12))
+def test_recent(before, window):
+    seen = list(recent(window)(before))
+    assert seen == [i for n, i in enumerate(before) if n + window > len(before)]
+    assert choose(recent(window), [*before, 100, 101], 100) == seen
+
+
+@drawn(data=st.data(), scene=st.lists(st.integers(0, 20), min_size=1, max_size=6, unique=True).map(sorted))
+def test_a_history_chooses_among_earlier_shots_in_any_order(data, scene):
+    shot = data.draw(st.sampled_from(scene))
+    chosen = data.draw(st.lists(st.sampled_from(scene), max_size=4))
+    before_it = [i for i in scene if i < shot]
+    if set(chosen) <= set(before_it) and len(set(chosen)) == len(chosen):
+        assert choose(lambda before: tuple(chosen), scene, shot) == chosen
+    else:
+        with pytest.raises(ValueError, match=rf"^history: got \[.*\] for shot {shot}, expected "):
+            choose(lambda before: chosen, scene, shot)
+
+
+@pytest.mark.parametrize("mode", SHOT_AFTER_SHOT)
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        ([7], r"^history: got \[7\] for shot 1, expected some of the earlier shots, \[\]"),
+        ([3], r"^history: got \[3\] for shot 1, expected some of the earlier shots"),
+        ([1], r"^history: got \[1\] for shot 1, expected some of the earlier shots"),  # itself
+        ([0], r"^history: got \[0\] for shot 1, expected some of the earlier shots"),  # the global one
+    ],
+)
+def test_refuses_a_history_of_other_shots(mode, chosen, message):
+    with pytest.raises(ValueError, match=message):
+        MODES[mode](scene_model(), draw(*FOUR, with_global=True), steps=1, history=lambda before: chosen)
+
+
+@pytest.mark.parametrize("mode", SHOT_AFTER_SHOT)
+def test_refuses_a_history_with_a_shot_twice(mode):
+    with pytest.raises(ValueError, match=r"^history: got \[0, 0\] for shot 1, expected every shot once"):
+        MODES[mode](scene_model(), draw(*FOUR, with_global=False), steps=1, history=lambda before: [*before, *before])
+
+
+@pytest.mark.parametrize("window", [0, -1])
+def test_refuses_an_empty_window(window):
+    with pytest.raises(ValueError, match=rf"^window: got {window}, expected at least 1, the current shot"):
+        recent(window)
+
+
+# Any scene, any mode.
+
+
+@drawn(data=st.data())
+def test_any_scene_by_its_definition(data):
+    counts = data.draw(st.lists(shots(max_text=3, max_grid=(2, 2, 2)), min_size=1, max_size=4))
+    with_global, scheme = data.draw(st.booleans()), data.draw(st.sampled_from(SCHEMES))
+    scene = draw(*counts, with_global=with_global, batch=data.draw(st.integers(1, 2)), seed=len(counts))
+    every = list(range(with_global, len(scene)))
+    given = clean(scene, *data.draw(st.lists(st.sampled_from(every), unique=True, max_size=len(every) - 1)))
+    chosen = {i: data.draw(st.permutations(earlier(scene, i))) for i in every}
+    chosen = {i: order[: data.draw(st.integers(0, len(order)))] for i, order in chosen.items()}
+    guidance = negatives(len(scene[0].text)) if data.draw(st.booleans()) else None
+    options = {"steps": data.draw(st.integers(1, 2)), "t_c": data.draw(st.integers(0, 1000))}
+    model = scene_model(scheme)
+
+    def by(mode, **more):
+        return MODES[mode](model, scene, given, guidance=guidance and guide(*guidance), **options, **more)
+
+    history = {"history": lambda before: chosen[every[len(before)]]}
+    plain = {"guidance": guidance, **options}
+    assert same(by("conditional"), at_once(model, scene, given, **plain))
+    assert same(by("autoregressive", **history), one_by_one(model, scene, given, seen=chosen.get, **plain))
+    assert same(by("causal", **history), by_hand(model, scene, given, seen=chosen.get, **plain))
+    again = one_by_one(model, scene, given, seen=partial(earlier, scene), pattern="context_causal", **plain)
+    assert worst(by("causal"), again) <= within(options["steps"] * len(every), guidance)
+
+
+# One shot.
+
+
+@pytest.mark.parametrize("mode", ["joint", "autoregressive", "causal"])
+@torch.no_grad()
+def test_a_scene_of_one_shot_is_the_base_models_own_generation(mode):
+    dit, (shot,), steps = tiny(), draw(FOUR[0], with_global=False), 5
+    expected = shot.latents
+    for step in range(steps):
+        t = torch.full((2,), 1 - step / steps)
+        expected = expected - dit(expected, 1000 * t, shot.text) / steps
+    (got,) = run(mode, retrofit(dit), [shot], {}, steps=steps)
+    assert torch.equal(got, expected)  # no kernel of its own, no rounding of its own
+
+
+# Guidance.
+
+
+class Watched:
+    """A scene model that keeps what it was called with."""
+
+    def __init__(self, model):
+        self.model, self.adapter, self.calls = model, model.adapter, []
+
+    def __call__(self, shots, t, **options):
+        self.calls.append((list(shots), t))
+        return self.model(shots, t, **options)
+
+
+def generated(mode, scene, given, *, guidance=None, model=None, steps=2):
+    return run(mode, model or scene_model(), scene, given, steps=steps, guidance=guidance)
+
+
+def case(mode, with_global=True):
+    """A scene, and what is given of it."""
+    scene = draw(*FOUR, with_global=with_global)
+    return scene, {} if mode == "joint" else clean(scene, 1 + with_global)
+
+
+every_mode = pytest.mark.parametrize("mode", MODES)
+
+
+@every_mode
+def test_a_scale_of_1_is_no_guidance_and_costs_none(mode):
+    scene, given = case(mode)
+    plain, spared, paid = (Watched(scene_model()) for _ in range(3))
+    expected = generated(mode, scene, given, model=plain)
+    scale, text, overall = negatives()
+    assert same(generated(mode, scene, given, model=spared, guidance=guide(1, text, overall)), expected)
+    generated(mode, scene, given, model=paid, guidance=guide(scale, text, overall))
+    assert len(spared.calls) == len(plain.calls)
+    assert len(paid.calls) == 2 * len(plain.calls)
+
+
+@every_mode
+@with_and_without_global
+def test_a_scale_of_0_is_the_negative_prompts(mode, with_global):
+    scene, given = case(mode, with_global)
+    _, text, overall = negatives()
+    negative = [replace(shot, text=overall if shot.role == "global" else text) for shot in scene]
+    assert same(generated(mode, scene, given, guidance=guide(0, text, overall)), generated(mode, negative, given))
+    assert worst(generated(mode, scene, given), generated(mode, negative, given)) > 1e-3
+
+
+@every_mode
+def test_the_negative_branch_replaces_every_text_and_nothing_else(mode):
+    scene, given = case(mode)
+    _, text, overall = negatives()
+    watched = Watched(scene_model())
+    generated(mode, scene, given, model=watched, guidance=guide(2, text, overall))
+    texts = {scene[i].text.data_ptr() for i in range(len(scene))}
+    for (positive, t), (negative, level) in zip(watched.calls[::2], watched.calls[1::2], strict=True):
+        assert torch.equal(t, level)
+        for shot, other in zip(positive, negative, strict=True):
+            assert shot.text.data_ptr() in texts
+            assert torch.equal(other.text, overall if shot.role == "global" else text)
+            assert other.latents is shot.latents
+            assert (other.role, other.extras) == (shot.role, shot.extras)
+
+
+@every_mode
+def test_a_global_shot_takes_the_shots_negative_prompt_unless_it_has_its_own(mode):
+    scene, given = case(mode)
+    scale, text, overall = negatives()
+    alone = generated(mode, scene, given, guidance=Guidance(text=text, scale=scale))
+    assert same(alone, generated(mode, scene, given, guidance=guide(scale, text, text)))
+    assert worst(alone, generated(mode, scene, given, guidance=guide(scale, text, overall))) > 1e-3
+
+
+@every_mode
+def test_one_negative_prompt_serves_a_batch(mode):
+    scene, given = case(mode)
+    scale, text, overall = negatives(batch=1)
+    got = generated(mode, scene, given, guidance=guide(scale, text, overall))
+    both = guide(scale, text.repeat(2, 1, 1), overall.repeat(2, 1, 1))
+    assert same(got, generated(mode, scene, given, guidance=both))
+
+
+def test_guidance_is_the_papers_by_default():
+    guidance = Guidance(text=torch.zeros(1, 2, 16))
+    assert guidance.scale == 7.5
+    p, n = torch.tensor([[3.0, -1.0], [1.0, 2.0]])
+    (got,) = guidance.combine([p], [n])
+    assert torch.equal(got, torch.tensor([16.0, -20.5]))
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf")])
+def test_refuses_a_scale_that_is_not_finite(scale):
+    with pytest.raises(ValueError, match=rf"^scale: got {scale}, expected a finite number; 1 is no guidance"):
+        Guidance(text=torch.zeros(1, 2, 16), scale=scale)
+
+
+@every_mode
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("text", torch.zeros(3, 2, 16), r"^text: got \[3, 2, 16\], expected \[1 or 2, tokens, width\]"),
+        ("text", torch.zeros(2, 16), r"^text: got \[2, 16\], expected \[1 or 2, tokens, width\]"),
+        ("text", "ugly", r"^text: got 'ugly', expected \[1 or 2, tokens, width\]"),
+        ("global_text", torch.zeros(3, 2, 16), r"^global_text: got \[3, 2, 16\], expected \[1 or 2, tokens, width\]"),
+        ("text", torch.zeros(1, 2, 15), r"^text: got \[2, 2, 15\], expected \[2, tokens, 16\]"),
+    ],
+)
+def test_refuses_negative_prompts_that_do_not_fit(mode, name, text, message):
+    scene, given = case(mode)
+    with pytest.raises(ValueError, match=message):
+        generated(mode, scene, given, guidance=Guidance(**{"text": torch.zeros(1, 2, 16), name: text}))
+
+
+# The loop.
+
+
+@drawn(steps=st.integers(1, 64), rate=st.floats(-4, 4))
+def test_euler_is_exact_for_a_constant_velocity(steps, rate):
+    noise = [random(1, 2, 1, 2, 3, seed=0).double(), random(1, 2, 2, 1, 1, seed=1).double()]
+    got = euler(lambda latents, t: [torch.full_like(z, rate) for z in latents], noise, steps=steps)
+    for z, start in zip(got, noise, strict=True):
+        assert (z - (start - rate)).abs().max() <= 1e-13 * steps  # roundings, one each step
+
+
+@pytest.mark.parametrize("rate", [1.0, -1.5, 0.5])
+def test_euler_is_of_first_order(rate):
+    """For dz/dt = rate z, from t = 1 to 0: z shrinks by e^-rate; each step multiplies by 1 - rate / steps."""
+    noise = random(1, 2, 1, 2, 3, seed=0).double()
+    errors = []
+    for steps in (32, 64, 128, 256):
+        (z,) = euler(lambda latents, t: [rate * z for z in latents], [noise], steps=steps)
+        assert torch.allclose(z, noise * (1 - rate / steps) ** steps, rtol=1e-12, atol=0)
+        errors.append(error(z, noise * torch.tensor(-rate, dtype=torch.float64).exp()))
+    assert all(1.9 < a / b < 2.1 for a, b in pairwise(errors))
+
+
+@drawn(steps=st.integers(1, 50))
+def test_the_levels_of_a_loop(steps):
+    visited, reached = [], []
+    euler(
+        lambda latents, t: (visited.append(t), latents)[1],
+        [torch.ones(1, 1, 1, 1, 1)],
+        steps=steps,
+        callback=lambda step: reached.append(step.t),
+    )
+    assert visited == [1 - i / steps for i in range(steps)]
+    assert reached == [*visited[1:], 0.0]
+    assert visited[0] == 1
+    assert visited[-1] == pytest.approx(1 / steps)
+
+
+def test_what_a_callback_of_a_loop_is_told():
+    noise, told = [torch.ones(1, 1, 1, 1, 2), torch.ones(1, 1, 2, 1, 1)], []
+    got = euler(
+        lambda latents, t: [torch.full_like(z, t) for z in latents],
+        noise,
+        steps=2,
+        callback=told.append,
+    )
+    assert [(step.shots, step.step, step.steps, step.t) for step in told] == [((0, 1), 1, 2, 0.5), ((0, 1), 2, 2, 0.0)]
+    for step, left in zip(told, (0.5, 0.25), strict=True):
+        assert isinstance(step, Step)
+        assert same(step.latents, [torch.full_like(z, left) for z in noise])
+    assert same(got, told[-1].latents)
+    assert all(torch.equal(z, torch.ones_like(z)) for z in noise)  # untouched
+
+
+def test_a_velocity_for_every_shot():
+    with pytest.raises(ValueError, match="shorter"):
+        euler(lambda latents, t: latents[:1], [torch.ones(1, 1, 1, 1, 1)] * 2, steps=1)
+
+
+@pytest.mark.parametrize("steps", [0, -1])
+def test_refuses_fewer_than_one_step(steps):
+    message = rf"^steps: got {steps}, expected at least 1"
+    with pytest.raises(ValueError, match=message):
+        euler(lambda latents, t: latents, [torch.ones(1, 1, 1, 1, 1)], steps=steps)
+    for mode in MODES:
+        scene, given = case(mode)
+        with pytest.raises(ValueError, match=message):
+            generated(mode, scene, given, steps=steps)
+
+
+@every_mode
+@with_and_without_global
+@guided_or_not
+def test_what_a_callback_is_told(mode, with_global, guided):
+    scene, given = case(mode, with_global)
+    told, steps = [], 3
+    guidance = guide(*negatives()) if guided else None
+    got = run(mode, scene_model(), scene, given, steps=steps, guidance=guidance, callback=told.append)
+    made = [i for i, shot in enumerate(scene) if shot.role == "shot" and i not in given]
+    loops = [(i,) for i in made] if mode in SHOT_AFTER_SHOT else [tuple(made)]
+    assert [(step.shots, step.step, step.steps, step.t) for step in told] == [
+        (loop, n, steps, 1 - n / steps) for loop in loops for n in (1, 2, 3)
+    ]
+    assert all(isinstance(step, Step) for step in told)
+    assert all(same(step.latents, [got[i] for i in step.shots]) for step in told[steps - 1 :: steps])
+    assert all([z.shape for z in step.latents] == [scene[i].latents.shape for i in step.shots] for step in told)
+    assert worst(told[0].latents, told[-1].latents if len(loops) == 1 else told[steps - 1].latents) > 1e-3
+    assert same(got, run(mode, scene_model(), scene, given, steps=steps, guidance=guidance))  # it changes nothing
+
+
+# What is run.
+
+
+@with_and_without_global
+def test_causal_runs_one_shot_at_a_time_and_its_history_once(with_global):
+    scene, watched = draw(*FOUR, with_global=with_global), Watched(scene_model())
+    causal(watched, scene, clean(scene, 1 + with_global), steps=2, t_c=250)
+    assert all(len(shots) == 1 for shots, _ in watched.calls)
+    steps = [1, 0.5, 0.25]  # then at t_c, for those after it
+    assert [t.item() for _, t in watched.calls] == [0] * with_global + [*steps, 0.25, *steps, *steps[:2]]
+
+
+def test_a_dummy_video_of_ones_own():
+    """A global shot with latents keeps them, in every mode."""
+    for mode in MODES:
+        scene, given = case(mode)
+        zeros = torch.zeros(2, 4, 1, 4, 6)
+        expected = generated(mode, scene, given)
+        scene[0] = replace(scene[0], latents=zeros)
+        assert same(generated(mode, scene, given), expected)
+        scene[0] = replace(scene[0], latents=zeros + 1)
+        changed = generated(mode, scene, given)
+        assert changed[0] is None
+        assert worst(changed, expected) > 1e-3
+
+
+@pytest.mark.parametrize("mode", ["conditional", *SHOT_AFTER_SHOT])
+def test_everything_counts(mode):
+    """Each thing that a shot is made from changes it, and nothing that it is not made from does."""
+    scene, place = draw(*FOUR, with_global=True), 3
+
+    def made(scene=scene, shift=0.0, **options):
+        given = {1: clean(scene, 1)[1] + shift}
+        return run(mode, scene_model(), scene, given, **{"steps": 2, "t_c": 400.0, **options})[place]
+
+    def other(i, **changes):
+        return [replace(shot, **changes) if n == i else shot for n, shot in enumerate(scene)]
+
+    base = made()
+    for name, changed in {
+        "t_c": made(t_c=300.0),
+        "steps": made(steps=3),
+        "global text": made(other(0, text=random(2, 4, 16, seed=9))),
+        "given": made(shift=0.5),
+        "noise of the given": made(other(1, latents=random(2, 4, 2, 4, 6, seed=9))),
+        "text of the given": made(other(1, text=random(2, 2, 16, seed=9))),
+        "text of an earlier": made(other(2, text=random(2, 3, 16, seed=9))),
+        "noise of an earlier": made(other(2, latents=random(2, 4, 1, 2, 2, seed=9))),
+        "own text": made(other(3, text=random(2, 3, 16, seed=9))),
+        "own noise": made(other(3, latents=random(2, 4, 1, 8, 4, seed=9))),
+    }.items():
+        assert error(changed, base) > 1e-3, name
+    later = made(other(4, text=random(2, 5, 16, seed=9)))
+    assert torch.equal(later, base) == (mode != "conditional")
+    assert torch.equal(made(scene[:4]), base) == (mode != "conditional")
+
+
+@every_mode
+def test_entries_of_a_batch_do_not_mix(mode):
+    scene, given = case(mode)
+    together = generated(mode, scene, given)
+    for entry in range(2):
+        alone = [
+            replace(
+                shot, text=shot.text[entry, None], latents=None if shot.latents is None else shot.latents[entry, None]
+            )
+            for shot in scene
+        ]
+        got = generated(mode, alone, {i: z[entry, None] for i, z in given.items()})
+        expected = [None if z is None else z[entry, None] for z in together]
+        assert worst(got, expected) <= 2 * len(FOUR) * FLOAT32["definition"].absolute  # steps of shots
+
+
+# What is left as it was.
+
+
+@every_mode
+@pytest.mark.parametrize("training", [True, False])
+def test_generation_leaves_no_trace(mode, training):
+    model = retrofit(tiny(), gradient_checkpointing=True)
+    model.backbone.train(training)
+    modules = {name: module.training for name, module in model.backbone.named_modules()}
+    weights = copy.deepcopy(model.backbone.state_dict())
+    scene, given = case(mode)
+    scene = [shot if shot.latents is None else replace(shot, latents=shot.latents.requires_grad_()) for shot in scene]
+    before = [None if shot.latents is None else shot.latents.detach().clone() for shot in scene]
+    kept = {i: z.clone() for i, z in given.items()}
+    told = []
+    got = generated(mode, scene, given, model=model, guidance=guide(*negatives()))
+    run(mode, model, scene, given, steps=1, callback=lambda step: told.extend(step.latents))
+    assert torch.is_grad_enabled()
+    assert not any(z.requires_grad for z in [*told, *(z for z in got if z is not None)])
+    assert all(p.requires_grad and p.grad is None for p in model.backbone.parameters())
+    assert all(torch.equal(x, weights[name]) for name, x in model.backbone.state_dict().items())
+    assert {name: module.training for name, module in model.backbone.named_modules()} == modules
+    assert same([shot.latents for shot in scene], before)
+    assert all(torch.equal(z, kept[i]) for i, z in given.items())
+
+
+# Refusals.
+
+
+conditioned = pytest.mark.parametrize("mode", ["conditional", *SHOT_AFTER_SHOT])
+
+
+def refused(mode, scene, given, message, **options):
+    watched = Watched(scene_model())
+    with pytest.raises(ValueError, match=message):
+        MODES[mode](watched, scene, given, steps=1, **options)
+    assert not watched.calls  # before any work is done
+
+
+@conditioned
+@pytest.mark.parametrize("t_c", [-1, 1000.5, float("nan")])
+@pytest.mark.parametrize("places", [[], [1]])
+def test_refuses_levels_off_the_scale(mode, t_c, places):
+    scene = draw(*FOUR, with_global=True)
+    message = rf"^t_c: got {t_c}, expected a level from 0 \(clean\) to 1000 \(noise\); the paper uses 100 to 500"
+    refused(mode, scene, clean(scene, *places), message, t_c=t_c)
+
+
+@conditioned
+@pytest.mark.parametrize("place", [5, -1, "hero", 0])
+def test_refuses_given_shots_that_are_not_there(mode, place):
+    scene = draw(*FOUR, with_global=True)
+    message = rf"^given: got shot {place!r}, expected one of \[1, 2, 3, 4\], the scene's shots counting from 0"
+    refused(mode, scene, {place: torch.zeros(2, 4, 1, 4, 6)}, message)
+
+
+@conditioned
+@pytest.mark.parametrize("place", [1, 4])  # the last is a condition of none that is made before it
+@pytest.mark.parametrize("latents", [torch.zeros(2, 4, 9, 4, 6), torch.zeros(1, 4, 2, 4, 6), torch.zeros(2, 4), None])
+def test_refuses_given_shots_of_another_shape(mode, place, latents):
+    scene = draw(*FOUR, with_global=True)
+    came = list(latents.shape) if latents is not None else None
+    expected = list(scene[place].latents.shape)
+    message = f"given: shot {place} is {came}, expected the shape of its noise in the scene, {expected}"
+    refused(mode, scene, {place: latents}, "^" + re.escape(message))
+
+
+@conditioned
+@with_and_without_global
+def test_refuses_to_generate_nothing(mode, with_global):
+    scene = draw(*FOUR[:2], with_global=with_global)
+    every = list(range(with_global, with_global + 2))
+    message = rf"^given: shots \[{every[0]}, {every[1]}\] are given, expected at least one left to generate"
+    refused(mode, scene, clean(scene, *every), message)
+
+
+@every_mode
+@pytest.mark.parametrize("places", [[], [0], [1, 0], [0, 0, 1]])
+def test_refuses_scenes_without_shots_and_global_shots_elsewhere(mode, places):
+    kinds = draw(FOUR[0], with_global=True)
+    scene = [kinds[i] for i in places]
+    message = r"^scene: got roles \[.*\], expected shots, and before them at most one global shot"
+    with pytest.raises(ValueError, match=message):
+        run(mode, scene_model(), scene, {}, steps=1)
+
+
+@every_mode
+@with_and_without_global
+def test_refuses_shots_without_noise(mode, with_global):
+    scene, given = case(mode, with_global)
+    for i in range(with_global, len(scene)):
+        missing = [replace(shot, latents=None) if n == i else shot for n, shot in enumerate(scene)]
+        with pytest.raises(ValueError, match=rf"^scene: shot {i} has latents None, expected the noise .*shot_noise"):
+            run(mode, scene_model(), missing, given, steps=1)
+
+
+# From a script to a scene.
+
+
+class Counted:
+    """Prompts become as many tokens as they have words, all of them their number of characters."""
+
+    def __init__(self):
+        self.prompts = []
+
+    def text(self, prompt):
+        self.prompts.append(prompt)
+        return torch.full((len(prompt.split()), 16), float(len(prompt)))
+
+    def latent_shape(self, frames, height, width):
+        return 4, frames, height // 8, width // 8
+
+    def encode(self, frames):
+        raise NotImplementedError
+
+    def decode(self, latents):
+        raise NotImplementedError
+
+
+def script(*texts, description="", cut=True):
+    first, *others = texts
+    return Script(
+        shots=(ScriptShot(text=first), *(ScriptShot(text=text, cut=cut) for text in others)), description=description
+    )
+
+
+def test_a_scene_starts_from_its_script():
+    codec = Counted()
+    assert isinstance(codec, Codec)
+    told = script("A man reads.", "He looks up", description="All is quiet.", cut=False)
+    overall, first, second = start_scene(told, codec, [(2, 16, 32), (1, 8, 8)], seed=3)
+    assert codec.prompts == ["All is quiet.", "[SHOT CUT] A man reads.", "He looks up"]
+    assert (overall.role, overall.latents, overall.text.shape) == ("global", None, (1, 3, 16))
+    for shot, prompt, size in ((first, codec.prompts[1], (2, 2, 4)), (second, codec.prompts[2], (1, 1, 1))):
+        assert shot.role == "shot"
+        assert torch.equal(shot.text, torch.full((1, len(prompt.split()), 16), float(len(prompt))))
+        assert shot.latents.shape == (1, 4, *size)
+
+
+@drawn(data=st.data(), seed=st.integers(0, 2**40), scene=st.integers(0, 99))
+def test_a_shots_noise_depends_on_its_place_alone(data, seed, scene):
+    size = st.tuples(st.integers(1, 3), st.sampled_from([8, 16]), st.sampled_from([8, 24]))
+    sizes = data.draw(st.lists(size, min_size=1, max_size=4))
+    description = data.draw(st.sampled_from(["", "a place"]))
+    told = script(*["words"] * len(sizes), description=description)
+    started = start_scene(told, Counted(), sizes, seed=seed, scene=scene)
+    assert [shot.role for shot in started] == ["global"] * bool(description) + ["shot"] * len(sizes)
+    for i, (frames, height, width) in enumerate(sizes):
+        shape = (1, 4, frames, height // 8, width // 8)
+        expected = shot_noise(shape, seed=seed, step=0, scene=scene, shot=i)
+        assert torch.equal(started[bool(description) + i].latents, expected)
+
+
+def test_scenes_shots_and_seeds_have_noise_of_their_own():
+    told, start = script("one", "two"), partial(start_scene, codec=Counted(), size=(1, 8, 8))
+    started = [*start(told, seed=0), *start(told, seed=1), *start(told, seed=0, scene=1)]
+    assert len({shot.latents.flatten()[0].item() for shot in started}) == 6
+
+
+def test_one_size_is_that_of_all_shots():
+    told = script("one", "two", "three")
+    one = start_scene(told, Counted(), (3, 8, 16), seed=0)
+    each = start_scene(told, Counted(), [(3, 8, 16)] * 3, seed=0)
+    assert same([shot.latents for shot in one], [shot.latents for shot in each])
+
+
+@pytest.mark.parametrize("sizes", [[], [(1, 8, 8)], [(1, 8, 8)] * 3])
+def test_refuses_another_number_of_sizes(sizes):
+    message = rf"^size: got {len(sizes)}, expected one, or one for each of the 2 shots"
+    with pytest.raises(ValueError, match=message):
+        start_scene(script("one", "two"), Counted(), sizes, seed=0)
+
+
+def test_a_codec_refuses_sizes_of_its_own():
+    with pytest.raises(ValueError, match=r"^frames: got 1 of 9 x 8 pixels"):
+        start_scene(script("one"), linear_codec(), (1, 9, 8), seed=0)
+
+
+def linear_codec():
+    vocabulary = ["[SHOT CUT]", "one", "two", "ugly", *(f"word{i}" for i in range(12))]
+    components = torch.eye(12)[:4]
+    return LinearCodec(mean=torch.full((12,), 0.5), components=components, vocabulary=vocabulary, length=3)
+
+
+@every_mode
+def test_from_a_script_to_a_scene(mode):
+    codec = linear_codec()
+    scene = start_scene(script("one", "two", description="one two"), codec, (2, 8, 4), seed=0)
+    given = {} if mode == "joint" else {1: codec.encode(torch.rand(3, 2, 8, 4))[None]}
+    texts = negative_texts(codec, shot="ugly")
+    assert torch.equal(texts["text"], codec.text("ugly")[None])
+    assert torch.equal(texts["global_text"], torch.zeros(1, 3, 16))  # an empty prompt is the unconditional one
+    got = generated(mode, scene, given, guidance=Guidance(scale=2, **texts))
+    again = generated(mode, scene, given, guidance=guide(2, *texts.values()))
+    assert same(got, again)
+    assert [codec.decode(z[0]).shape for z in got if z is not None] == [(3, 2, 8, 4)] * 2
+
+
+# The surface.
+
+
+def test_the_public_surface_is_frozen():
+    names = ["Guidance", "History", "Step", "autoregressive", "causal", "conditional", "euler", "joint", "recent"]
+    assert generation.__all__ == names
+
+
+def test_the_papers_defaults():
+    defaults = {
+        mode: {name: p.default for name, p in inspect.signature(MODES[mode]).parameters.items()} for mode in MODES
+    }
+    assert {mode: each["steps"] for mode, each in defaults.items()} == dict.fromkeys(MODES, 32)
+    assert {mode: each["guidance"] for mode, each in defaults.items()} == dict.fromkeys(MODES)
+    assert {each["t_c"] for mode, each in defaults.items() if mode != "joint"} == {100.0}
