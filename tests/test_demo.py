@@ -1,132 +1,322 @@
-"""The demo, at a size at which it takes seconds and learns nothing: it runs whole, and says what it read and wrote."""
+"""The demo, at a size at which it takes seconds and learns nothing: it runs whole, and says what it wrote."""
 
 import io
 import json
-import shutil
 from dataclasses import asdict, replace
-from pathlib import Path
+from math import inf, isfinite, nan
+from types import SimpleNamespace
 
 import pytest
+import torch
 from rich.console import Console
 
+import lct_core.demo.run
 from lct_core.cli import main
-from lct_core.demo.run import Settings, _report, run
+from lct_core.data import read_image, read_scene, read_video, scene_folders
+from lct_core.demo import settings
+from lct_core.demo.report import GOALS, LABELS, verdicts
+from lct_core.demo.run import run
+from lct_core.demo.settings import Settings
+from lct_core.script import read_script
+from lct_core.training import load_checkpoint
+
+pytest.importorskip("av")
 
 TINY = Settings(
-    scenes=3,
+    scenes=4,
     shots=2,
     held_out=2,
-    held_out_shots=2,
     width=24,
     depth=2,
-    batch=2,
-    scene_batch=2,
-    single_shot_steps=3,
+    heads=2,
+    single_shots=2,
+    scene_batch=1,
+    single_shot_steps=2,
     tuning_steps=4,
     causal_steps=2,
     euler_steps=2,
+    guidance=2.0,
 )
+WITH_EXTRAS = replace(TINY, long_shots=3, long_t_c=(0.0, 500.0), composed=2)
+PICTURES = ("contact_sheet.png", "modes.png", "losses.png")
+EXTRAS = ("accumulation.png", "long_scene.png", "composition.png")
+STAGES = ("single_shot", "bidirectional", "causal")
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
+    """Two runs in one folder, the first with another seed: what both returned, and what the second printed."""
     out = tmp_path_factory.mktemp("demo")
-    with (out / "console.txt").open("w") as file:
-        return out, run(out, TINY, console=Console(file=file, width=160))
+    other = run(out, replace(TINY, seed=1), console=Console(quiet=True))
+    (out / "data" / "train" / "scene_5").mkdir()
+    (out / "notes.txt").touch()
+    printed = io.StringIO()
+    metrics = run(out, WITH_EXTRAS, console=Console(file=printed, width=160))
+    return SimpleNamespace(out=out, other=other, metrics=metrics, printed=printed.getvalue())
 
 
 def test_metrics_are_written_as_returned(finished):
-    out, metrics = finished
-    assert json.loads((out / "metrics.json").read_text()) == metrics
+    metrics = finished.metrics
+    assert (finished.out / "metrics.json").read_text() == json.dumps(metrics, indent=2) + "\n"
+    assert asdict(WITH_EXTRAS).items() <= metrics.items()
     assert metrics["parameters_added"] == 0
-    assert asdict(TINY).items() <= metrics.items()
-    for mode in ("data", "independent", "joint", "ar_causal"):
-        whole = metrics[f"{mode}_error_character"] + metrics[f"{mode}_error_background"]
-        assert metrics[f"{mode}_error"] == pytest.approx(whole)
-        assert 0 <= metrics[f"{mode}_adherence"] <= 1
+    saved = load_checkpoint(finished.out / "causal.pt")
+    assert metrics["parameters"] == sum(weight.numel() for weight in saved["model"].values())
+    assert metrics["seconds"] > 0
+    modes = ("data", "independent", "joint", "conditional", "ar_bidirectional", "ar_causal")
+    for mode, end in [*((mode, "") for mode in modes), ("ar_causal", "_before")]:
+        assert 0 <= metrics[f"{mode}_adherence{end}"] <= 1
+        character, background = (metrics[f"{mode}_error_{part}{end}"] for part in ("character", "background"))
+        assert metrics[f"{mode}_error{end}"] == pytest.approx(character + background)
+        assert character >= 0 <= background
+    for end in ("before", "after", "after_causal"):
+        assert isfinite(metrics[f"single_shot_loss_{end}"])
+
+
+def test_the_extras_are_measured(finished):
+    metrics = finished.metrics
+    assert metrics["long_drift"].keys() == metrics["long_adherence"].keys() == {"0", "500"}
+    for name in ("long_drift", "long_adherence"):
+        assert all(len(values) == 3 and all(map(isfinite, values)) for values in metrics[name].values())
+    assert all(values[0] == 0 < values[1] for values in metrics["long_drift"].values())
+    assert metrics["long_drift"]["0"] != metrics["long_drift"]["500"]
+    for name in ("composed", "without_images"):
+        assert all(isfinite(metrics[f"{name}_{part}"]) for part in ("character", "background"))
+    assert metrics["composed_background"] != metrics["without_images_background"]
 
 
 def test_the_data_come_back_from_disk_as_the_world_has_them(finished):
-    _, metrics = finished
-    assert metrics["data_error"] < 0.01
-    assert metrics["data_adherence"] > 0.95
+    assert finished.metrics["data_error"] < 0.01
+    assert finished.metrics["data_adherence"] > 0.95
+    for part, count in (("train", 4), ("held_out", 2)):
+        folders = scene_folders(finished.out / "data" / part)
+        assert [folder.name for folder in folders] == [f"scene_{i}" for i in range(1, count + 1)]
+        for folder in folders:
+            scene = read_scene(folder)
+            assert [shot.shape for shot in scene.shots] == [(3, 4, 96, 96)] * 2
+    scripts = {folder.parent.name: read_script(folder / "script.txt") for folder in folders}
+    assert "colour" in scripts["held_out"].global_prompt()
 
 
-def test_console_names_every_stage_and_file(finished):
-    out, metrics = finished
-    printed = (out / "console.txt").read_text()
-    for words in ("train on single shots", "long context tuning", "context-causal tuning", "KV cache", "0 added"):
-        assert words in printed
-    assert f"{metrics['joint_error']:.3f}" in printed
-    assert str(out / "contact_sheet.png") in printed
-    assert (out / "contact_sheet.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_same_seed_same_numbers(finished, tmp_path):
-    out, metrics = finished
-    again = run(tmp_path, TINY, data=out / "data", console=Console(quiet=True))
-    assert {**again, "seconds": 0} == {**metrics, "seconds": 0}
-    assert not (tmp_path / "data").exists()
-
-
-def test_another_seed_other_numbers(finished, tmp_path):
-    out, metrics = finished
-    other = run(tmp_path, replace(TINY, seed=1), data=out / "data", console=Console(quiet=True))
-    assert other["data_error"] == metrics["data_error"]
-    assert other["joint_error"] != metrics["joint_error"]
-
-
-def test_a_second_run_replaces_its_own_data_and_nobody_elses(finished, tmp_path):
-    own, foreign = tmp_path / "own", tmp_path / "foreign"
-    shutil.copytree(finished[0] / "data", own / "data")
-    (own / "data" / "train" / "left over").touch()
-    run(own, TINY, console=Console(quiet=True))
-    assert not (own / "data" / "train" / "left over").exists()
-    (foreign / "data").mkdir(parents=True)
-    (foreign / "data" / "thesis.txt").touch()
-    assert main(["demo", "--out", str(foreign)]) == 2
-    assert (foreign / "data" / "thesis.txt").exists()
-
-
-@pytest.mark.parametrize(("joint", "adherence", "verdicts"), [(0.1, 0.9, ["met", "met"]), (0.2, 0.7, ["NOT MET"] * 2)])
-def test_goals_are_judged(joint, adherence, verdicts):
-    console = Console(record=True, width=160, quiet=False, file=io.StringIO())
-    scores = {
-        f"{mode}_{name}": {"error": 0.5, "adherence": 1.0}.get(name, 0.2)
-        for mode in ("data", "independent", "joint", "ar_causal")
-        for name in ("error", "error_character", "error_background", "adherence")
+def test_files(finished):
+    assert {path.name for path in finished.out.iterdir()} == {
+        ".written-by-lct-demo",
+        "notes.txt",
+        "data",
+        "metrics.json",
+        "metrics.jsonl",
+        "checkpoint.pt",
+        *(f"{name}.pt" for name in STAGES),
+        "scenes.mp4",
+        *PICTURES,
+        *EXTRAS,
     }
-    scores |= {"joint_error": joint, "joint_adherence": adherence, "parameters_added": 0, "seconds": 1.0}
-    _report({**scores, **asdict(TINY)}, 1, Path("out"), console)
-    printed = [line for line in console.export_text().splitlines() if "goal" in line]
-    assert [line.rsplit(", ", 1)[1] for line in printed] == verdicts
+    for name in (*PICTURES, *EXTRAS):
+        picture = read_image(finished.out / name)
+        assert min(picture.shape[2:]) > 100
+        assert picture.std() > 0.01
+    assert read_video(finished.out / "scenes.mp4").shape[1] == 2 * 2 * 4  # scenes, shots, frames
+    rows = [json.loads(line) for line in (finished.out / "metrics.jsonl").read_text().splitlines()]
+    steps = dict(zip(STAGES, (2, 4, 2), strict=True))
+    assert [(row["stage"], row["step"]) for row in rows] == [(s, i + 1) for s in STAGES for i in range(steps[s])]
+
+
+def test_what_is_printed(finished):
+    metrics, lines = finished.metrics, finished.printed.splitlines()
+    stages = [line.rsplit(": ", 1)[0] for line in lines if " of " in line and "held-out" not in line]
+    for words in ("write 4 scenes, train", "read 2 scenes, held_out", "generate, joint", "3 shots in a row, t_c 500"):
+        assert words in stages
+    for name in STAGES:
+        assert any(line.startswith(f"train, {name}: ") and ", loss " in line for line in lines)
+    for mode, label in LABELS.items():
+        (row,) = (line for line in lines if line.startswith(f"\N{BOX DRAWINGS LIGHT VERTICAL} {label} "))
+        end = "_before" if mode.endswith("_before") else ""
+        name = mode.removesuffix("_before")
+        for measure in ("error", "error_character", "error_background", "adherence"):
+            assert f" {metrics[f'{name}_{measure}{end}']:.3f} " in row
+    judged = [line for line in lines if line.startswith(("met ", "NOT MET "))]
+    assert judged == [
+        f"{'met    ' if met else 'NOT MET'}  {what}: {value:.3g}, goal {goal}"
+        for what, value, goal, met in verdicts(metrics)
+    ]
+    assert "0 added; 2 Euler steps, guidance 2 in every mode, t_c 100; seed 0; " in finished.printed
+    named = ("contact_sheet.png", "scenes.mp4", "modes.png", "losses.png", "metrics.json")
+    assert lines[-5:] == [str(finished.out / name) for name in named]
+
+
+def test_the_seed_alone_decides(finished, tmp_path):
+    torch.manual_seed(7)
+    expected = torch.rand(1)
+    torch.manual_seed(7)
+    again = run(tmp_path, WITH_EXTRAS, console=Console(quiet=True))
+    assert torch.equal(torch.rand(1), expected)  # torch's own randomness is neither used nor changed
+    assert {**again, "seconds": 0} == {**finished.metrics, "seconds": 0}
+    for mode in ("independent", "joint", "conditional", "ar_bidirectional", "ar_causal"):
+        assert finished.other[f"{mode}_error"] != finished.metrics[f"{mode}_error"]
+    assert finished.other["single_shot_loss_before"] != finished.metrics["single_shot_loss_before"]
+    assert not finished.other.keys() & {"long_drift", "composed_character"}
+
+
+def test_pictures_of_an_earlier_run_do_not_stay_beside_new_numbers(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in (".written-by-lct-demo", "single_shot.pt", "metrics.jsonl", "notes.txt", *EXTRAS):
+        (out / name).touch()
+    lct_core.demo.run._claim(out)
+    assert {path.name for path in out.iterdir()} == {".written-by-lct-demo", "notes.txt"}
+
+
+def test_a_foreign_folder_is_left_alone(tmp_path, capsys):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "thesis.txt").touch()
+    assert main(["demo", "--out", str(tmp_path)]) == 2
+    line = (
+        f"lct demo: error: {tmp_path}: holds something else than a run of the demo, so it is left alone; choose --out"
+    )
+    assert capsys.readouterr().err == f"{line}\n"
+    assert [path.name for path in tmp_path.rglob("*")] == ["data", "thesis.txt"]
+
+
+@pytest.mark.parametrize("checkpoint", STAGES)
+def test_lct_generate_takes_the_demos_models(finished, tmp_path, checkpoint):
+    held_out = finished.out / "data" / "held_out" / "scene_1"
+    arguments = [held_out / "script.txt", finished.out / f"{checkpoint}.pt", "--out", tmp_path / "out", "--steps", 2]
+    given = [] if checkpoint == "single_shot" else ["--given", f"1={held_out / 'shot_1.mp4'}"]
+    assert main(["generate", *map(str, [*arguments, *given])]) == 0
+    scene = read_scene(tmp_path / "out")
+    assert scene.script == read_script(held_out / "script.txt")
+    assert [shot.shape for shot in scene.shots] == [(3, 4, 24, 24)] * 2
+    if given:
+        shown = read_scene(held_out, area=24 * 24, multiple=6).shots[0]
+        assert (scene.shots[0] - shown).mean((2, 3)).abs().max() < 0.02
+
+
+# --- the command ---
 
 
 @pytest.mark.parametrize(
-    ("damage", "words"),
+    ("options", "expected"),
     [
-        (lambda data: shutil.rmtree(data), "no such folder"),
-        (lambda data: shutil.rmtree(data / "held_out"), "held_out"),
-        (lambda data: (data / "train" / "scene_2" / "shot_1.mp4").write_bytes(b"no video"), "scene_2/shot_1.mp4"),
-        (lambda data: (data / "train" / "scene_3" / "shot_2.txt").unlink(), "shot_2.txt"),
-        (lambda data: (data / "train" / "scene_1" / "shot_1.txt").write_text("A cat."), "scene_1: text: got 'A cat.'"),
-        (lambda data: (data / "train" / "scene_1" / "shot_2.txt").write_bytes(b"\xff"), "shot_2.txt) is not UTF-8"),
-        (lambda data: [(data / "train" / "scene_2" / f"shot_2.{e}").unlink() for e in ("mp4", "txt")], "scene_2"),
-    ],
-    ids=[
-        "no data",
-        "no held-out",
-        "broken video",
-        "missing text",
-        "text of another world",
-        "not UTF-8",
-        "a shot too few",
+        ([], Settings(seed=0)),
+        (["--seed", "3"], Settings(seed=3)),
+        (["--quick", "--seed", "3"], settings.quick(seed=3)),
+        (["--full"], settings.full(seed=0)),
     ],
 )
-def test_bad_files_are_one_clear_line(finished, tmp_path, capsys, damage, words):
-    data = shutil.copytree(finished[0] / "data", tmp_path / "data")
-    damage(data)
-    assert main(["demo", "--data", str(data), "--out", str(tmp_path / "out")]) == 2
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    assert line.startswith("lct demo: error: ")
-    assert words in line
+def test_settings(monkeypatch, tmp_path, options, expected):
+    asked = []
+    monkeypatch.setattr(lct_core.demo.run, "run", lambda out, chosen, *, console: asked.append((out, chosen)))
+    assert main(["demo", "--out", str(tmp_path), *options]) == 0
+    assert asked == [(tmp_path, expected)]
+
+
+def test_quick_is_less_and_full_is_more():
+    usual, quick, full = Settings(), settings.quick(seed=0), settings.full(seed=0)
+    for name in ("scenes", "single_shot_steps", "tuning_steps", "causal_steps"):
+        assert 0 < getattr(quick, name) < getattr(usual, name) < getattr(full, name)
+    assert quick.long_shots == usual.long_shots == quick.composed == usual.composed == 0
+    assert full.long_shots
+    assert full.composed
+    single, tuning, causal = usual.stages()
+    assert [(stage.name, stage.pattern, stage.scene_share) for stage in usual.stages()] == [
+        ("single_shot", "bidirectional", 0.0),
+        ("bidirectional", "bidirectional", 0.5),
+        ("causal", "context_causal", 0.5),
+    ]
+    assert (single.learning_rate, tuning.learning_rate, causal.learning_rate) == (6e-3, 4e-3, 1.5e-3)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--quick", "--full"], "--quick, --full: got both, expected one or none"),
+        (["--seed", "-1"], "Invalid value for '--seed': -1 is not in the range 0<=x"),
+        (["--seed", "x"], "Invalid value for '--seed': 'x' is not a valid integer range."),
+        (["--out", "file"], "Invalid value for '--out': Directory 'file' is a file."),
+        (["more"], "Got unexpected extra argument (more)"),
+    ],
+)
+def test_bad_input_is_one_line(tmp_path, monkeypatch, capsys, options, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    assert main(["demo", *options]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"lct demo: error: {words}")
+    assert not (tmp_path / "runs").exists()
+
+
+# --- the verdicts, on made-up numbers ---
+
+ALL_MET = {
+    "independent_error": 6.0,
+    "joint_error": 1.0,
+    "conditional_error": 2.0,
+    "ar_bidirectional_error": 2.0,
+    "ar_causal_error": 2.5,
+    "ar_causal_error_before": 2.6,
+    "independent_adherence": 1.0,
+    **{f"{mode}_adherence": 0.9 for mode in ("joint", "conditional", "ar_bidirectional", "ar_causal")},
+    "single_shot_loss_before": 1.0,
+    "single_shot_loss_after": 1.05,
+    "parameters_added": 0,
+}
+
+
+def test_all_goals_are_met():
+    found = [*verdicts(ALL_MET)]
+    assert all(met is True for *_, met in found)
+    assert [(value, goal) for _, value, goal, _ in found] == [
+        (pytest.approx(6), ">= 5"),
+        (pytest.approx(3), ">= 3"),
+        (pytest.approx(3), ">= 3"),
+        (pytest.approx(1.25), "<= 1.25"),
+        (pytest.approx(2.5 / 2.6), "< 1"),
+        *[(pytest.approx(0.9), ">= 0.9")] * 4,
+        (pytest.approx(1.05), "<= 1.05"),
+        (0, "0"),
+    ]
+    assert [*GOALS] == ["joint", "conditional", "ar_bidirectional"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "missed"),
+    [
+        ("joint_error", 1.21, {"joint: appearance error, times below independent": 6 / 1.21}),
+        ("conditional_error", 2.01, {"conditional, shot 1 given: appearance error, times below independent": 6 / 2.01}),
+        (
+            "ar_bidirectional_error",
+            2.01,
+            {"shot after shot, bidirectional: appearance error, times below independent": 6 / 2.01},
+        ),
+        ("ar_bidirectional_error", 1.99, {"causal over bidirectional, shot after shot": 2.5 / 1.99}),
+        ("ar_causal_error_before", 2.5, {"causal over the same before its tuning": 1.0}),
+        ("joint_adherence", 0.89, {"joint: adherence, share of independent's": 0.89}),
+        ("conditional_adherence", 0.89, {"conditional, shot 1 given: adherence, share of independent's": 0.89}),
+        (
+            "ar_bidirectional_adherence",
+            0.89,
+            {"shot after shot, bidirectional: adherence, share of independent's": 0.89},
+        ),
+        ("ar_causal_adherence", 0.89, {"causal, KV cache: adherence, share of independent's": 0.89}),
+        ("single_shot_loss_after", 1.06, {"single-shot loss after tuning over before": 1.06}),
+        ("parameters_added", 1, {"parameters added": 1}),
+        # no error at all is infinitely less, and an error over none infinitely more
+        ("joint_error", 0.0, {}),
+        ("ar_bidirectional_error", 0.0, {"causal over bidirectional, shot after shot": inf}),
+        ("ar_causal_error_before", 0.0, {"causal over the same before its tuning": inf}),
+        ("single_shot_loss_before", 0.0, {"single-shot loss after tuning over before": inf}),
+        ("independent_adherence", 0.0, {}),
+    ],
+)
+def test_a_goal_that_is_missed(name, value, missed):
+    found = [*verdicts({**ALL_MET, name: value})]
+    assert {what: number for what, number, _, met in found if not met} == pytest.approx(missed)
+    assert len(found) == 11
+
+
+def test_nothing_over_nothing_meets_no_goal():
+    nothing = dict.fromkeys(ALL_MET, 0.0)
+    *ratios, added = verdicts(nothing)
+    assert [value for _, value, _, _ in ratios] == pytest.approx([nan] * 10, nan_ok=True)
+    assert not any(met for *_, met in ratios)
+    assert added == ("parameters added", 0.0, "0", True)

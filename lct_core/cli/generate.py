@@ -109,6 +109,10 @@ def command(
     for i, clip in clips.items():
         sizes[i] = (clip.shape[1], clip.shape[2], clip.shape[3])
     for frames, height, width in sizes:
+        try:
+            codec.latent_shape(frames, height, width)
+        except ValueError as error:
+            raise ValueError(f"--size: {error}") from error
         if frames > 1 and (height % 2 or width % 2):
             raise ValueError(
                 f"--size: got a video of {height} x {width} pixels, expected even ones, as MP4 files need; choose "

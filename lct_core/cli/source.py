@@ -26,7 +26,14 @@ def make(source: Source, *, scheme: Scheme, gradient_checkpointing: bool = False
     model, codec = _own(source["factory"]) if "factory" in source else _built(source)
     adapter = model if isinstance(model, Backbone) else None
     dit = model.model if isinstance(model, Backbone) else model
-    return retrofit(dit, scheme=scheme, backbone=adapter, gradient_checkpointing=gradient_checkpointing), codec
+    scene_model = retrofit(
+        dit,
+        scheme=scheme,
+        backbone=adapter,
+        gradient_checkpointing=gradient_checkpointing,
+        batch_shots="factory" not in source,  # a small model's time goes into many small operations
+    )
+    return scene_model, codec
 
 
 def small_mmdit(scenes: Sequence[VideoScene], *, patch: int) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any, get_args
 import click
 import torch
 
-from lct_core.cli.options import COUNT, FPS, POSITIVE, device, seed
+from lct_core.cli.options import COUNT, FPS, POSITIVE, Finite, device, seed
 from lct_core.coordinates import Scheme
 
 _STEPS = click.IntRange(min=0)
@@ -42,6 +42,13 @@ _LARGEST_PATCH = 32  # pixels: the principal components of larger ones take minu
 @click.option("--steps", type=_STEPS, default=135_000, show_default=True, help="Bidirectional.")
 @click.option("--causal-steps", type=_STEPS, default=9_000, show_default=True, help="Context-causal.")
 @click.option("--learning-rate", type=POSITIVE, default=1e-4, show_default=True, help="Its peak.")
+@click.option(
+    "--level-mean",
+    type=Finite(),
+    default=0.0,
+    show_default=True,
+    help="Mean of the logit of noise levels; higher trains more on what scenes share, 1.1 is SD3's shift of 3.",
+)
 @click.option("--batch", type=COUNT, default=4, show_default=True, help="Single shots in a step.")
 @click.option("--scene-batch", type=COUNT, default=1, show_default=True, help="Scenes in a step.")
 @click.option("--max-shots", type=COUNT, default=9, show_default=True, help="Most shots of a scene in a step.")
@@ -97,16 +104,18 @@ def command(
     from lct_core.data import SceneFolders, scene_folders
     from lct_core.progress import Stages
     from lct_core.training import Report, tune
+    from lct_core.training.run import check_folder
 
     stages = _stages(new=model is None or scheme == "paper", **numbers)
     multiple = multiple or (8 if model is None else 16)
     area = area or (_SMALL_AREA if model is None else _OWN_AREA)
     if multiple * multiple > area:
         raise ValueError(
-            f"--multiple: got {multiple}, but its square exceeds the {area} pixels of --area; lower one, or raise the other"
+            f"--multiple: got {multiple}, but its square exceeds the {area} pixels of --area; lower it, or raise --area"
         )
     if model is None and multiple > _LARGEST_PATCH:
         raise ValueError(f"--multiple: got {multiple}, expected at most {_LARGEST_PATCH}, the small MMDiT's patch")
+    check_folder(out, resume=resume)
     reading: dict[str, Any] = {"area": area, "multiple": multiple, "fps": fps, "max_frames": max_frames}
     console = Console(highlight=False)
     with Stages(console) as progress:
@@ -163,6 +172,7 @@ def _stages(
     steps: int,
     causal_steps: int,
     learning_rate: float,
+    level_mean: float,
     batch: int,
     scene_batch: int,
     max_shots: int,
@@ -178,6 +188,7 @@ def _stages(
             stage,
             steps=count,
             learning_rate=learning_rate,
+            level_mean=level_mean,
             single_shots=batch,
             scenes=scene_batch,
             max_shots=max_shots,

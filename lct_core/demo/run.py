@@ -197,7 +197,7 @@ def _model(codec: LinearCodec, settings: Settings) -> tuple[dict[str, Any], Scen
     }
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
-        model = retrofit(registry().build("mmdit", **options))
+        model = retrofit(registry().build("mmdit", **options), batch_shots=True)
     return {"backbone": "mmdit", "options": options, "codec": codec.state()}, model
 
 

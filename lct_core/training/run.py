@@ -69,13 +69,12 @@ def tune(
     if save_every < 1:
         raise ValueError(f"save_every: got {save_every}, expected at least 1")
     settings = {"stages": [asdict(stage) for stage in stages], "seed": seed, "about": dict(about or {})}
+    check_folder(out, resume=resume)
     first, saved = 0, None
     if resume:
         saved = load_checkpoint(out / CHECKPOINT)
         _check_same(saved, settings, out / CHECKPOINT)
         first = names.index(saved["stage"])
-    elif (out / METRICS).exists() or (out / CHECKPOINT).exists():
-        raise FileExistsError(f"{out}: holds a run already, so it is left alone; resume it, or choose another folder")
     if saved is None:  # a run that stops before its first checkpoint can be resumed too
         out.mkdir(parents=True, exist_ok=True)
         start = Training(model, stages[0]).state_dict()
@@ -112,6 +111,19 @@ def tune(
             )
             if on_stage is not None:
                 on_stage(stage)
+
+
+def check_folder(out: Path, *, resume: bool) -> None:
+    """Refuse a folder that :func:`tune` would refuse, before data are read.
+
+    Raises:
+        FileExistsError: it holds a run already and ``resume`` is False.
+        FileNotFoundError: there is nothing to resume.
+    """
+    if resume and not (out / CHECKPOINT).is_file():
+        raise FileNotFoundError(f"{out / CHECKPOINT}: no such file, expected the checkpoint of a run to resume")
+    if not resume and ((out / METRICS).exists() or (out / CHECKPOINT).exists()):
+        raise FileExistsError(f"{out}: holds a run already, so it is left alone; resume it, or choose another folder")
 
 
 def _check_same(saved: Mapping[str, Any], settings: Mapping[str, Any], path: Path) -> None:

@@ -1,0 +1,464 @@
+"""``lct generate``: what it writes is what the library generates, for every mode and option; refusals are one line."""
+
+import io
+import shutil
+import sys
+import zlib
+from contextlib import redirect_stdout
+from fractions import Fraction
+from itertools import product
+from textwrap import dedent
+
+import pytest
+import torch
+
+import lct_core.data
+from lct_core import generation
+from lct_core.cli import main
+from lct_core.cli.source import make
+from lct_core.data import VideoScene, read_image, read_scene, read_video, write_image, write_scene, write_video
+from lct_core.generation.scene import negative_texts, start_scene
+from lct_core.script import Script, ScriptShot, read_script
+from lct_core.training import load_checkpoint
+
+av = pytest.importorskip("av")
+
+MODES = ("joint", "conditional", "autoregressive")  # and causal, of a causal model
+SIZE = (2, 24, 32)  # of the first training shot
+SCRIPT = """
+    Global Prompt: Character 1: a square. A plain wall.
+
+    Shot 1. A red square.
+
+    Shot 2. The square moves.
+
+    Shot 3 (continues). Character 1 moves.
+"""
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    (tmp_path / "script.txt").write_text(dedent(SCRIPT))
+
+
+def clip(frames, height, width, *, seed=0):
+    """A colour that changes across the frame and in time."""
+    colour = torch.rand(3, 1, 1, 1, generator=torch.Generator().manual_seed(seed))
+    across, in_time = torch.linspace(-0.2, 0.2, width), torch.linspace(-0.2, 0.2, frames)[:, None, None]
+    return (colour + across + in_time).clamp(0, 1).expand(3, frames, height, width)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of ``lct tune``."""
+    root = tmp_path_factory.mktemp("tuned")
+    script = Script(
+        shots=(ScriptShot(text="A red square."), ScriptShot(text="The square moves.")),
+        description="Character 1: a square. A plain wall.",
+    )
+    for number, sizes in enumerate([(SIZE, (1, 24, 24)), ((3, 32, 24), (2, 24, 24))], 1):
+        shots = tuple(clip(*size, seed=10 * number + i) for i, size in enumerate(sizes))
+        write_scene(root / "data" / f"scene_{number}", VideoScene(script=script, shots=shots), fps=8)
+    arguments = ["--single-shot-steps", "2", "--steps", "6", "--causal-steps", "2", "--learning-rate", "1e-2"]
+    with redirect_stdout(io.StringIO()):
+        assert main(["tune", str(root / "data"), "--out", str(root / "run"), "--fps", "8", *arguments]) == 0
+    return root / "run"
+
+
+@pytest.fixture
+def lct(run, tmp_path, monkeypatch):
+    """Runs the command with one of the run's checkpoints; returns the frames before a file makes them 8 bits."""
+    scenes = []
+
+    def write(folder, scene, *, fps):
+        scenes.append(scene)
+        write_scene(folder, scene, fps=fps)
+
+    monkeypatch.setattr(lct_core.data, "write_scene", write)
+
+    def generate(checkpoint, *options, out=None, steps=2):
+        out = out or f"out_{len(scenes)}"
+        arguments = ["script.txt", run / f"{checkpoint}.pt", *options, "--out", out, "--steps", steps]
+        assert main(["generate", *map(str, arguments)]) == 0
+        return scenes[-1].shots
+
+    return generate
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def refused(capsys, arguments):
+    """The one line that bad input gets."""
+    assert main(["generate", *map(str, arguments)]) == 2
+    out, err = capsys.readouterr()
+    assert err.count("\n") == 1, err
+    assert "Traceback" not in err
+    assert "Usage" not in out + err
+    assert err.startswith("lct generate: error: ")
+    return err.removeprefix("lct generate: error: ").strip()
+
+
+# --- what is generated ---
+
+
+def directly(run, checkpoint, mode, *, clips=None, sizes=(SIZE,) * 3, seed=0, t_c=100.0, window=9, scale=7.5, **texts):
+    """The same with the library alone."""
+    saved = load_checkpoint(run / f"{checkpoint}.pt")
+    model, codec = make(saved["about"]["source"], scheme="anchored")
+    model.backbone.load_state_dict(saved["model"])
+    scene = start_scene(read_script("script.txt"), codec, sizes, seed=seed)
+    given = {i + 1: codec.encode(frames)[None] for i, frames in (clips or {}).items()}  # the global shot comes first
+    common = {"steps": 2, "guidance": generation.Guidance(scale=scale, **negative_texts(codec, **texts))}
+    if mode == "causal":
+        latents = generation.causal(model, scene, given, t_c=t_c, history=generation.recent(window), **common)
+    elif mode == "autoregressive":
+        common |= {"pattern": saved["pattern"], "history": generation.recent(window)}
+        latents = generation.autoregressive(model, scene, given, t_c=t_c, **common)
+    elif given:
+        latents = generation.conditional(model, scene, given, t_c=t_c, pattern=saved["pattern"], **common)
+    else:
+        latents = generation.joint(model, scene, pattern=saved["pattern"], **common)
+    assert latents[0] is None
+    return [(clips or {}).get(i, codec.decode(z[0])) for i, z in enumerate(latents[1:])]
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "mode"),
+    [*product(["single_shot", "bidirectional", "causal"], MODES), ("causal", "causal")],
+)
+def test_every_mode_is_the_librarys(lct, run, checkpoint, mode, capsys):
+    write_video("given.mp4", clip(3, 32, 16), fps=8)
+    clips = {1: read_video("given.mp4")} if mode == "conditional" else {}
+    given = ["--given", "2=given.mp4"] if clips else []
+    frames = lct(checkpoint, "--mode", mode, *given)
+    sizes = [SIZE, (3, 32, 16) if clips else SIZE, SIZE]
+    assert [(*shot.shape[1:],) for shot in frames] == sizes
+    assert same(frames, directly(run, checkpoint, mode, clips=clips, sizes=sizes))
+    steps = 2 if mode in ("joint", "conditional") else 6
+    assert capsys.readouterr().out.splitlines()[0].startswith(f"generate, {mode}: {steps} of {steps}, ")
+
+
+@pytest.mark.parametrize("mode", ["conditional", "autoregressive", "causal"])
+def test_options_arrive(lct, run, mode):
+    write_image("given.png", clip(1, 24, 24))
+    clips = {0: read_image("given.png")}
+    options = {
+        "--given": "1=given.png",
+        "--seed": 3,
+        "--t-c": 300,
+        "--guidance": 2,
+        "--negative": "a wall",
+        "--negative-global": "Character 1",
+        "--size": "3x16x40",
+    }
+    if mode != "conditional":
+        options["--window"] = 2
+    frames = lct("causal", "--mode", mode, *(part for option in options.items() for part in option))
+    expected = directly(
+        run,
+        "causal",
+        mode,
+        clips=clips,
+        sizes=[(1, 24, 24), (3, 16, 40), (3, 16, 40)],
+        seed=3,
+        t_c=300.0,
+        scale=2.0,
+        window=2,
+        shot="a wall",
+        overall="Character 1",
+    )
+    assert same(frames, expected)
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "given", "mode"),
+    [
+        ("single_shot", False, "joint"),
+        ("bidirectional", False, "joint"),
+        ("bidirectional", True, "conditional"),
+        ("causal", False, "causal"),
+        ("causal", True, "causal"),
+    ],
+)
+def test_the_default_mode(lct, capsys, checkpoint, given, mode):
+    write_image("given.png", clip(1, 24, 24))
+    lct(checkpoint, *(["--given", "1=given.png"] if given else []))
+    assert capsys.readouterr().out.startswith(f"generate, {mode}: ")
+
+
+@pytest.mark.parametrize("checkpoint", ["bidirectional", "causal"])
+def test_the_seed_alone_decides(lct, tmp_path, checkpoint):
+    first, again, other = lct(checkpoint), lct(checkpoint, "--seed", 0, "--device", "cpu"), lct(checkpoint, "--seed", 1)
+    assert same(first, again)
+    assert not any(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+    for name in ("shot_1.mp4", "scene.mp4", "contact_sheet.png"):
+        one, two, three = ((tmp_path / f"out_{i}" / name).read_bytes() for i in range(3))
+        assert one == two != three
+
+
+@pytest.mark.parametrize("option", ["--negative", "--negative-global"])
+def test_negative_prompts_count_where_there_is_guidance(lct, option):
+    assert not same(lct("bidirectional"), lct("bidirectional", option, "A plain wall."))
+    unguided = lct("bidirectional", "--guidance", 1)
+    assert same(unguided, lct("bidirectional", "--guidance", 1, option, "A plain wall."))
+    assert not same(unguided, lct("bidirectional"))
+
+
+@pytest.mark.parametrize("mode", ["autoregressive", "causal"])
+def test_the_window_and_the_level_of_the_history(lct, mode):
+    far, near, noisy = (
+        lct("causal", "--mode", mode, *options) for options in ([], ["--window", 2], ["--t-c", 900])
+    )  # the history of shot 3 is 1 and 2, or 2
+    assert same(far[:2], near[:2])
+    assert not torch.equal(far[2], near[2])
+    assert torch.equal(far[0], noisy[0])
+    assert not torch.equal(far[1], noisy[1])
+
+
+def test_more_steps_and_a_script_without_global_prompt(lct, tmp_path):
+    assert not same(lct("bidirectional"), lct("bidirectional", steps=3))
+    (tmp_path / "script.txt").write_text("Shot 1. A red square.\n\nShot 2. The square moves.\n")
+    for mode in ("joint", "autoregressive", "causal"):
+        assert len(lct("causal", "--mode", mode)) == 2
+
+
+# --- what is written ---
+
+
+def test_what_is_written_is_a_scene(lct, tmp_path, capsys):
+    frames = lct("bidirectional", out="runs/new/scene")
+    out = tmp_path / "runs" / "new" / "scene"
+    assert {path.name for path in out.iterdir()} == {
+        "script.txt",
+        *(f"shot_{i}.mp4" for i in (1, 2, 3)),
+        "contact_sheet.png",
+        "scene.mp4",
+    }
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        "runs/new/scene",
+        "runs/new/scene/contact_sheet.png",
+        "runs/new/scene/scene.mp4",
+    ]
+    scene = read_scene(out)
+    assert scene.script == read_script("script.txt")
+    for shot, expected in zip(scene.shots, frames, strict=True):
+        assert shot.shape == expected.shape
+        assert (shot - expected).mean((2, 3)).abs().max() < 0.02  # colour is stored for 2 x 2 pixels
+    assert read_video(out / "scene.mp4").shape == (3, 6, 24, 32)
+    assert read_image(out / "contact_sheet.png").shape[2] > 100
+
+
+def test_images_are_written_to_the_last_bit(lct, tmp_path):
+    frames = lct("bidirectional", "--size", "1x24x24", out="images")
+    for shot, expected in zip(read_scene(tmp_path / "images").shots, frames, strict=True):
+        assert (shot - expected).abs().max() <= 0.5001 / 255
+    assert read_video(tmp_path / "images" / "scene.mp4").shape == (3, 3, 24, 24)
+
+
+@pytest.mark.parametrize(("options", "fps"), [([], 8), (["--fps", 24], 24), (["--fps", 29.97], Fraction(30000, 1001))])
+def test_frames_per_second(lct, tmp_path, options, fps):
+    lct("bidirectional", *options, out="out")
+    for name in ("shot_2.mp4", "scene.mp4"):
+        with av.open(str(tmp_path / "out" / name)) as container:
+            assert float(container.streams.video[0].average_rate) == pytest.approx(float(fps), rel=1e-4)
+
+
+def test_given_shots_keep_their_size(lct, tmp_path, capsys):
+    write_video("given.mp4", clip(3, 100, 200), fps=16)
+    write_image("given.png", clip(1, 40, 24, seed=1))
+    first, second, third = lct("bidirectional", "--given", "3=given.png", "--given", "1=given.mp4", out="out")
+    assert first.shape == (3, 2, 48, 88)  # every second frame; at most 64 x 64 pixels, of multiples of 8
+    assert torch.equal(first, read_video("given.mp4", area=64 * 64, multiple=8, fps=8))
+    assert second.shape == (3, *SIZE)
+    assert torch.equal(third, read_image("given.png"))
+    out = tmp_path / "out"
+    assert {path.name for path in out.iterdir()} == {
+        "script.txt",
+        "shot_1.mp4",
+        "shot_2.mp4",
+        "shot_3.png",
+        "contact_sheet.png",
+    }
+    assert capsys.readouterr().out.splitlines()[-1] == "out/contact_sheet.png"
+    assert [(*shot.shape[1:],) for shot in read_scene(out).shots] == [(2, 48, 88), SIZE, (1, 40, 24)]
+
+
+def test_an_image_as_large_as_the_videos_is_one_frame_of_the_scene(lct, tmp_path):
+    write_image("given.png", clip(1, 24, 32))
+    lct("bidirectional", "--given", "2=given.png", out="out")
+    assert read_video(tmp_path / "out" / "scene.mp4").shape == (3, 2 + 1 + 2, 24, 32)
+
+
+def test_what_was_generated_can_be_given(lct, tmp_path):
+    lct("bidirectional", out="first")
+    frames = lct("bidirectional", "--given", "1=first/shot_1.mp4", out="second")
+    assert torch.equal(frames[0], read_video(tmp_path / "first" / "shot_1.mp4"))
+
+
+# --- a model of one's own ---
+
+FACTORIES = """
+    import torch
+    from lct_core import registry
+    from lct_core.codec import LinearCodec
+
+    WORDS = "[shot cut] character 1 a red square the moves plain wall".split()
+
+    def make(width=24):
+        model = registry().build(
+            "mmdit", channels=3, text_width=len(WORDS), width=width, depth=1, heads=2, patch=(1, 1, 1)
+        )
+        return model, LinearCodec(mean=torch.full((768,), 0.5), components=torch.eye(768)[:3], vocabulary=WORDS)
+"""
+
+
+def test_a_model_of_ones_own(run, tmp_path, monkeypatch, capsys):
+    name = f"generated_model_{zlib.crc32(str(tmp_path).encode())}"
+    module = tmp_path / f"{name}.py"
+    module.write_text(dedent(FACTORIES))
+    few = ["--steps", "2", "--causal-steps", "0", "--fps", "8"]
+    assert main(["tune", str(run.parent / "data"), "--model", f"{name}:make", *few]) == 0
+    arguments = ["generate", "script.txt", "runs/tune/bidirectional.pt", "--steps", "2"]
+    for out in ("one", "two"):  # its weights are the checkpoint's, whatever the factory draws
+        assert main([*arguments, "--out", out]) == 0
+    assert same(*(read_scene(tmp_path / out).shots for out in ("one", "two")))
+    assert [(*shot.shape[1:],) for shot in read_scene(tmp_path / "one").shots] == [(2, 32, 32)] * 3
+    capsys.readouterr()
+    monkeypatch.setattr(sys.modules[name].make, "__defaults__", (32,))
+    line = refused(capsys, [*arguments[1:], "--out", "three"])
+    assert line.startswith(f"runs/tune/bidirectional.pt: its weights are not of {name}:make: Error(s) in loading")
+    del sys.modules[name]
+    module.unlink()
+    line = refused(capsys, [*arguments[1:], "--out", "three"])
+    assert line == f"MODULE:FACTORY: got '{name}:make', but there is no module '{name}' here or installed"
+
+
+# --- bad input ---
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (None, "script.txt: no such file, expected a script file"),
+        ("", "script.txt: line 1: no shot, expected at least one: "),
+        ("Shot 1. A red square.\n\nShot 3. The square.", "script.txt: line 3: got 'Shot 3. The square.', expected"),
+        ("Shot 1. A red square.\n\nShot 2. Character 4 moves.", "script.txt: line 3: shot 2 refers to Character 4, "),
+        ("Shot 1. A zebra.", "prompt: 'zebra' in '[SHOT CUT] A zebra.' is not among the words that this codec knows: "),
+        ("Global Prompt: Zebras.\n\nShot 1. A wall.", "prompt: 'zebras' in 'Zebras.' is not among the words that this"),
+    ],
+)  # fmt: skip
+def test_a_bad_script_is_one_line(run, tmp_path, capsys, text, words):
+    (tmp_path / "script.txt").unlink()
+    if text is not None:
+        (tmp_path / "script.txt").write_text(text)
+    assert refused(capsys, ["script.txt", run / "causal.pt"]).startswith(words)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "model.pt: no such file, expected a checkpoint that lct tune wrote"),
+        (lambda run: b"", "model.pt: can't be read as a checkpoint; is the file complete?"),
+        (lambda run: b"no checkpoint", "model.pt: can't be read as a checkpoint; is the file complete?"),
+        (
+            lambda run: (run / "causal.pt").read_bytes()[:-1000],
+            "model.pt: can't be read as a checkpoint; is the file complete?",
+        ),
+        (lambda run: {"model": {}}, "model.pt: not a checkpoint that lct tune wrote, expected one in the format"),
+        (lambda run: torch.nn.Linear(1, 1), "model.pt: can't be read as a checkpoint"),
+        (lambda run: (run / "checkpoint.pt").read_bytes(), "model.pt: a stage that is not finished, expected one of"),
+    ],
+    ids=["no file", "empty", "text", "cut off", "another file of torch", "a pickled model", "an unfinished stage"],
+)
+def test_a_bad_checkpoint_is_one_line(run, tmp_path, capsys, content, words):
+    content = content and content(run)
+    if isinstance(content, bytes):
+        (tmp_path / "model.pt").write_bytes(content)
+    elif content is not None:
+        torch.save(content, tmp_path / "model.pt")
+    assert refused(capsys, ["script.txt", "model.pt"]).startswith(words)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--mode", "causal"], "--mode: got causal, but RUN/bidirectional.pt was tuned with bidirectional attention; "),
+        (["--mode", "conditional"], "--mode: got conditional without a given shot; add --given SHOT=FILE, or use"),
+        (["--mode", "joint", "--given", "1=image.png"], "--mode: got joint with a given shot, expected conditional, "),
+        (["--mode", "best"], "Invalid value for '--mode': 'best' is not one of 'joint', 'conditional', "),
+        (["--given", "image.png"], "--given: got 'image.png', expected SHOT=FILE with a shot from 1 to 3"),
+        (["--given", "1="], "--given: got '1=', expected SHOT=FILE with a shot from 1 to 3"),
+        (["--given", "one=image.png"], "--given: got 'one=image.png', expected SHOT=FILE with a shot from 1 to 3"),
+        (["--given", "0=image.png"], "--given: got '0=image.png', expected SHOT=FILE with a shot from 1 to 3"),
+        (["--given", "4=image.png"], "--given: got '4=image.png', expected SHOT=FILE with a shot from 1 to 3"),
+        (["--given", "1=image.png", "--given", "1=video.mp4"], "--given: got shot 1 twice, expected each once"),
+        (["--given", "1=none.png"], "none.png: no such file, expected an image"),
+        (["--given", "1=none.mp4"], "none.mp4: no such file, expected a video"),
+        (["--given", "1=script.txt"], "script.txt: can't be decoded as an image"),
+        (["--given", "1=broken.mp4"], "broken.mp4: can't be decoded as a video"),
+        (
+            ["--given", "1=image.png", "--given", "2=image.png", "--given", "3=video.mp4"],
+            "--given: all 3 shots are given, expected at least one left to generate",
+        ),
+        (["--size", "24x32"], "--size: got '24x32', expected frames, height and width, like 4x64x64"),
+        (["--size", "2x24x32\n"], "--size: got '2x24x32\\n', expected frames, height and width, like 4x64x64"),
+        (["--size", "-2x24x32"], "--size: got '-2x24x32', expected frames, height and width, like 4x64x64"),
+        (["--size", "0x24x32"], "--size: frames: got 0 of 24 x 32 pixels, expected at least one, height and width "),
+        (["--size", "2x25x32"], "--size: frames: got 2 of 25 x 32 pixels, expected at least one, height and width "),
+        (["--t-c", "1001"], "Invalid value for '--t-c': 1001.0 is not in the range 0<=x<=1000."),
+        (["--t-c", "-1"], "Invalid value for '--t-c': -1.0 is not in the range 0<=x<=1000."),
+        (["--t-c", "nan"], "Invalid value for '--t-c': 'nan' is not a finite number."),
+        (["--guidance", "inf"], "--guidance: got inf, expected a finite number; 1 is none"),
+        (["--guidance", "nan"], "--guidance: got nan, expected a finite number; 1 is none"),
+        (["--negative", "zebra"], "prompt: 'zebra' in 'zebra' is not among the words that this codec knows: "),
+        (["--negative-global", "zebra"], "prompt: 'zebra' in 'zebra' is not among the words that this codec knows: "),
+        (["--steps", "0"], "Invalid value for '--steps': 0 is not in the range 1<=x"),
+        (["--window", "0"], "Invalid value for '--window': 0 is not in the range 1<=x"),
+        (["--fps", "0"], "Invalid value for '--fps': 0.0 is not in the range 0.01<=x<=1000."),
+        (["--fps", "nan"], "Invalid value for '--fps': 'nan' is not a finite number."),
+        (["--seed", "-1"], "Invalid value for '--seed': -1 is not in the range 0<=x"),
+        (["--device", "nowhere"], "--device: got 'nowhere', which torch can't use here: "),
+        (["--device", "meta"], "--device: got 'meta', which torch can't use here: "),
+        (["--out", "script.txt"], "Invalid value for '--out': Directory 'script.txt' is a file."),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line(run, tmp_path, capsys, options, words):
+    write_image("image.png", clip(1, 24, 24))
+    write_video("video.mp4", clip(2, 24, 24), fps=8)
+    (tmp_path / "broken.mp4").write_bytes(b"no video")
+    (tmp_path / "RUN").symlink_to(run)
+    assert refused(capsys, ["script.txt", "RUN/bidirectional.pt", *options]).startswith(words)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_missing_arguments(capsys):
+    assert refused(capsys, []) == "Missing argument 'SCRIPT'."
+    assert refused(capsys, ["script.txt"]) == "Missing argument 'CHECKPOINT'."
+
+
+@pytest.mark.parametrize("name", ["script.txt", "shot_2.mp4", "shot_7.png"])
+def test_a_scene_in_the_way_is_left_alone(run, tmp_path, capsys, name):
+    (tmp_path / "out").mkdir()
+    shutil.copy("script.txt", tmp_path / "out" / name)
+    line = refused(capsys, ["script.txt", run / "causal.pt", "--out", "out"])
+    assert line == "out: already holds a scene, so it is left alone; choose another --out"
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [name]
+
+
+def test_sizes_that_no_video_can_have(run, tmp_path, capsys):
+    few = ["--multiple", "5", "--steps", "1", "--single-shot-steps", "0", "--causal-steps", "0"]
+    assert main(["tune", str(run.parent / "data"), *few]) == 0
+    capsys.readouterr()
+    arguments = ["script.txt", "runs/tune/bidirectional.pt", "--steps", "2"]
+    line = refused(capsys, [*arguments, "--out", "out"])
+    assert line.startswith("--size: got a video of 25 x 30 pixels, expected even ones, as MP4 files need; choose ")
+    assert not (tmp_path / "out").exists()
+    assert main(["generate", *arguments, "--size", "1x25x25", "--out", "out"]) == 0
+    assert not (tmp_path / "out" / "scene.mp4").exists()
+    assert [(*shot.shape[1:],) for shot in read_scene(tmp_path / "out").shots] == [(1, 25, 25)] * 3
