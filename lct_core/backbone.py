@@ -58,7 +58,7 @@ class ShotInput:
         )
 
 
-def batch_shots(shots: Sequence[ShotInput]) -> ShotInput:
+def collate_shots(shots: Sequence[ShotInput]) -> ShotInput:
     """One shot of several scenes as a batch.
 
     Args:

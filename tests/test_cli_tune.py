@@ -233,7 +233,7 @@ def test_options_arrive_in_the_checkpoint(data, tmp_path):
     arguments = [str(part) for option in options.items() for part in option]
     assert main(["tune", str(data), *arguments, "--bf16", "--out", "run"]) == 0
     saved = load_checkpoint(tmp_path / "run" / "causal.pt")
-    common = {"learning_rate": 3e-3, "single_shots": 2, "scenes": 3, "max_shots": 1, "precision": "bf16"}
+    common = {"learning_rate": 3e-3, "single_shot_batch": 2, "scene_batch": 3, "max_shots": 1, "precision": "bf16"}
     assert saved["stages"] == [
         asdict(Stage(name="single_shot", steps=1, scene_share=0.0, **common)),
         asdict(Stage(name="bidirectional", steps=3, **common)),

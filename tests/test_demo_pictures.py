@@ -16,7 +16,7 @@ from torch import Tensor
 from lct_core.data import read_video
 from lct_core.demo.film import film
 from lct_core.demo.plots import accumulation, loss_curves, modes
-from lct_core.demo.sheet import SceneRows, contact_sheet
+from lct_core.cli.sheet import SceneRows, contact_sheet
 from lct_core.demo.world import render, sample_scene
 
 

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lct_core import Layout, Shot, ShotInput, retrofit, sample_levels, tuning_loss
-from lct_core.backbone import batch_shots
+from lct_core.backbone import collate_shots
 from lct_core.codec import LinearCodec
 from lct_core.data import VideoScene
 from lct_core.demo.world import PROMPT_LENGTH, VOCABULARY, render, sample_scene
@@ -78,8 +78,8 @@ BAD = {
     "steps": [-1, 1.5, True, "1"],
     "pattern": ["causal", "", None],
     "scene_share": [-0.1, 1.1, NAN, "1"],
-    "single_shots": [0, -1, 1.0, True],
-    "scenes": [0, -1, 1.0],
+    "single_shot_batch": [0, -1, 1.0, True],
+    "scene_batch": [0, -1, 1.0],
     "max_shots": [0, -1, 9.0],
     "learning_rate": [0, -1e-4, NAN, INF, "1e-4"],
     "warm_up": [-0.1, 1.1, NAN],
@@ -165,7 +165,9 @@ def script(count, *, word, **about):
 TOLD = script(4, word="told", characters={1: "Tall."}, environment="Rain.", storyline="It ends.")
 BARE = script(3, word="bare")
 DATA = [numbered("told", TOLD), numbered("bare", BARE, frames=2)]
-MANY = Stage(name="any", steps=1, scenes=3000, max_shots=3, text_dropout=0.3, storyline_dropout=0.4, single_frame=0.25)
+MANY = Stage(
+    name="any", steps=1, scene_batch=3000, max_shots=3, text_dropout=0.3, storyline_dropout=0.4, single_frame=0.25
+)
 
 
 @cache
@@ -291,7 +293,9 @@ def test_the_global_prompt_and_those_of_shots_are_dropped_independently():
 
 @pytest.mark.parametrize("probability", [0.0, 1.0])
 def test_certain_probabilities(probability):
-    stage = replace(MANY, scenes=50, single_frame=probability, text_dropout=probability, storyline_dropout=probability)
+    stage = replace(
+        MANY, scene_batch=50, single_frame=probability, text_dropout=probability, storyline_dropout=probability
+    )
     for example in scene_examples(stage, DATA, Plain(), generator=generator()):
         for shot in example.shots:
             assert (prompt(shot) == "") == bool(probability)
@@ -340,7 +344,7 @@ def same(a, b):
 
 @given(seed=st.integers(-(2**40), 2**40), step=st.integers(0, 10**6))
 def test_a_row_depends_on_seed_stage_and_step_alone(seed, step):
-    stage = Stage(name="any", steps=10, scenes=2)
+    stage = Stage(name="any", steps=10, scene_batch=2)
     row = sample_row(stage, step, DATA, Plain(), seed=seed)
     torch.rand(3)  # the global generator has no part in it
     for earlier in (0, step + 1):
@@ -356,7 +360,9 @@ def test_a_row_depends_on_seed_stage_and_step_alone(seed, step):
 
 
 def test_a_row_is_of_the_kind_that_its_step_is():
-    stage = Stage(name="any", steps=10, single_shots=3, scenes=2, max_shots=1, text_dropout=0.0, single_frame=0.0)
+    stage = Stage(
+        name="any", steps=10, single_shot_batch=3, scene_batch=2, max_shots=1, text_dropout=0.0, single_frame=0.0
+    )
     other = [numbered("other", script(1, word="other"))]
     single = sample_row(stage, 0, DATA, Plain(), seed=0, single_shot_data=other)
     assert same([prompt(shot) for shot in batch_of(single)], ["other 0"] * 3)
@@ -553,13 +559,13 @@ def test_shots_are_batched_with_their_extras():
         )
         for n in (1, 2, 3)
     ]
-    batch = batch_shots(shots)
+    batch = collate_shots(shots)
     of = torch.tensor([1.0, 2, 2, 3, 3, 3])
     assert torch.equal(batch.latents, of.view(-1, 1, 1, 1, 1).expand(6, 1, 1, 2, 2))
     assert torch.equal(batch.text, of.view(-1, 1, 1).expand(6, 2, 3))
     assert torch.equal(batch.extras["mask"], of.long().view(-1, 1).expand(6, 4))
     assert batch.extras["rate"] == 3
-    alone = batch_shots(shots[:1])
+    alone = collate_shots(shots[:1])
     assert same([alone.latents, alone.text, dict(alone.extras)], [shots[0].latents, shots[0].text, shots[0].extras])
 
 
@@ -581,14 +587,14 @@ GIVEN = {"text": torch.zeros(1, 2, 3), "latents": torch.zeros(1, 1, 1, 2, 2), "e
 def test_shots_that_do_not_fit_in_a_batch(changes, message):
     shots = ShotInput(**GIVEN), ShotInput(**GIVEN | changes)
     with pytest.raises(ValueError, match=message):
-        batch_shots(shots)
+        collate_shots(shots)
 
 
 def test_extras_that_do_not_fit_in_a_batch():
     for other in (torch.ones(1, 5), 3):
         shots = [ShotInput(**GIVEN | {"extras": {"mask": mask}}) for mask in (torch.ones(1, 4), other)]
         with pytest.raises(ValueError, match=r"^extras: mask is \['\[1, 4\]', .*expected one value"):
-            batch_shots(shots)
+            collate_shots(shots)
 
 
 # AdamW, cosine, the moving average.
@@ -738,7 +744,7 @@ def world(scenes=4, shots=3, seed=0):
     return data, codec
 
 
-STAGE = Stage(name="first", steps=6, single_shots=2, learning_rate=1e-2, warm_up=0.4, clip=0.05, ema=0.5)
+STAGE = Stage(name="first", steps=6, single_shot_batch=2, learning_rate=1e-2, warm_up=0.4, clip=0.05, ema=0.5)
 
 
 def trained(stage=STAGE, *, model=None, seed=0, **options):
@@ -880,7 +886,7 @@ def test_a_loss_that_is_not_finite_is_said_before_it_spoils_anything():
 
 def test_it_learns():
     """Seen on other draws from the same scenes; noise can't be known, so not all of the loss can go."""
-    stage = Stage(name="learn", steps=100, single_shots=4, learning_rate=2e-2, text_dropout=0.0)
+    stage = Stage(name="learn", steps=100, single_shot_batch=4, learning_rate=2e-2, text_dropout=0.0)
     model = make()
 
     @torch.no_grad()
@@ -902,7 +908,10 @@ def test_nothing_to_train_is_said():
 
 # A whole run.
 
-STAGES = (replace(STAGE, steps=5, scenes=2), replace(STAGE, name="second", steps=4, pattern="context_causal", ema=0.9))
+STAGES = (
+    replace(STAGE, steps=5, scene_batch=2),
+    replace(STAGE, name="second", steps=4, pattern="context_causal", ema=0.9),
+)
 ABOUT = {"size": [2, 8, 8], "source": {"mean": torch.arange(3.0)}, "scheme": "anchored"}
 
 

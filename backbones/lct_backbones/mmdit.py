@@ -46,7 +46,7 @@ class MMDiT(nn.Module):
         patch: Latent ``(frames, height, width)`` that make one token (default: upstream, no patching in time).
         mlp_ratio: Hidden channels of the MLP over ``width`` (default: upstream).
         theta: Base of the RoPE periods (default: upstream).
-        places: Whether video tokens also get a fixed sine-cosine embedding of their place in their own shot, as SD3's
+        position_embedding: Whether video tokens also get a fixed sine-cosine embedding of their place in their own shot, as SD3's
             do (default: paper, which names RoPE alone). A small model learns faster where things belong.
     """
 
@@ -61,13 +61,13 @@ class MMDiT(nn.Module):
         patch: tuple[int, int, int] = (1, 2, 2),
         mlp_ratio: float = 4.0,
         theta: float = 10_000.0,
-        places: bool = False,
+        position_embedding: bool = False,
     ) -> None:
         super().__init__()
         if width % (2 * heads):
             raise ValueError(f"width: got {width}, expected a multiple of {2 * heads}: {heads} heads of an even size")
         self.channels, self.text_width, self.heads, self.patch, self.theta = channels, text_width, heads, patch, theta
-        self.width, self.head_dim, self.places = width, width // heads, places
+        self.width, self.head_dim, self.position_embedding = width, width // heads, position_embedding
         tokens = channels * patch[0] * patch[1] * patch[2]
         self.video_in = nn.Linear(tokens, width)
         self.text_in = nn.Linear(text_width, width)
@@ -104,7 +104,7 @@ class MMDiT(nn.Module):
         phases = timestep[:, None].double() * frequencies
         waves = torch.cat([phases.cos(), phases.sin()], dim=-1).to(self.video_in.weight.dtype)
         video = self.video_in(patches)
-        if self.places:
+        if self.position_embedding:
             places = self._axis_angles(_cells(self.grid(latents), latents.device), self.width)
             video = video + torch.cat([places.cos(), places.sin()], dim=-1).flatten(1).to(video.dtype)
         return self.text_in(text), video, F.silu(self.time_in(waves))[:, None]

@@ -58,7 +58,7 @@ def small_mmdit(scenes: Sequence[VideoScene], *, patch: int) -> dict[str, Any]:
         "heads": 4,
         "patch": [1, 1, 1],
         "theta": 100.0,
-        "places": True,
+        "position_embedding": True,
     }
     return {"backbone": "mmdit", "options": options, "codec": codec.state()}
 

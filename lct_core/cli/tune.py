@@ -102,7 +102,7 @@ def command(
 
     from lct_core.cli.source import make, small_mmdit
     from lct_core.data import SceneFolders, scene_folders
-    from lct_core.progress import Stages
+    from lct_core.cli.progress import Stages
     from lct_core.training import Report, tune
     from lct_core.training.run import check_folder
 
@@ -189,8 +189,8 @@ def _stages(
             steps=count,
             learning_rate=learning_rate,
             level_mean=level_mean,
-            single_shots=batch,
-            scenes=scene_batch,
+            single_shot_batch=batch,
+            scene_batch=scene_batch,
             max_shots=max_shots,
             precision="bf16" if bf16 else "fp32",
         )

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lct_core.backbone import ShotInput, batch_shots
+from lct_core.backbone import ShotInput, collate_shots
 from lct_core.codec import LinearCodec
 from lct_core.demo.dataset import FRAMES, SIZE
 from lct_core.generation import Guidance, History, autoregressive, causal, conditional, joint
@@ -85,7 +85,7 @@ class Generator:
         scenes = [
             start_scene(script, self.codec, sizes, seed=self.seed, scene=i) for i, script in enumerate(self.scripts)
         ]
-        return [batch_shots(shots) for shots in zip(*scenes, strict=True)]
+        return [collate_shots(shots) for shots in zip(*scenes, strict=True)]
 
     def _decoded(self, result: Sequence[Tensor | None]) -> Shots:
         return [torch.stack([self.codec.decode(z) for z in latents]) for latents in result if latents is not None]

@@ -27,12 +27,12 @@ from lct_core.demo.metrics import adherence, appearance_error
 from lct_core.demo.plots import loss_curves, modes
 from lct_core.demo.report import GOALS, LABELS, key, report
 from lct_core.demo.settings import Settings
-from lct_core.demo.sheet import SceneRows, contact_sheet
+from lct_core.cli.sheet import SceneRows, contact_sheet
 from lct_core.demo.world import sample_scene
 from lct_core.losses import tuning_loss
 from lct_core.noise import keyed_generator
 from lct_core.plugins import registry
-from lct_core.progress import Stages
+from lct_core.cli.progress import Stages
 from lct_core.scene_model import SceneModel, retrofit
 from lct_core.training import METRICS, Report, Stage, single_shots, to_row, tune
 
@@ -193,7 +193,7 @@ def _model(codec: LinearCodec, settings: Settings) -> tuple[dict[str, Any], Scen
         "heads": settings.heads,
         "patch": [1, 1, 1],
         "theta": 100.0,  # periods of 6 to 199 positions: a shot takes 5, a scene about 25
-        "places": True,
+        "position_embedding": True,
     }
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)

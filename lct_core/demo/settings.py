@@ -17,7 +17,7 @@ class Settings:
         width: The model's.
         depth: The model's.
         heads: The model's.
-        single_shots: Shots in a single-shot step.
+        single_shot_batch: Shots in a single-shot step.
         scene_batch: Scenes in a scene step.
         single_shot_steps: Of the first stage, at ``single_shot_rate``.
         tuning_steps: Of Long Context Tuning, at ``tuning_rate``.
@@ -40,14 +40,14 @@ class Settings:
     width: int = 96
     depth: int = 3
     heads: int = 4
-    single_shots: int = 8
+    single_shot_batch: int = 8
     scene_batch: int = 2
     single_shot_steps: int = 2500
     single_shot_rate: float = 6e-3
-    tuning_steps: int = 4000
+    tuning_steps: int = 4500
     tuning_rate: float = 4e-3
-    causal_steps: int = 1500
-    causal_rate: float = 3e-3
+    causal_steps: int = 2500
+    causal_rate: float = 4e-3
     level_mean: float = 1.3
     euler_steps: int = 32
     guidance: float = 1.0
@@ -63,8 +63,8 @@ class Settings:
             steps=self.single_shot_steps,
             learning_rate=self.single_shot_rate,
             scene_share=0.0,
-            single_shots=self.single_shots,
-            scenes=self.scene_batch,
+            single_shot_batch=self.single_shot_batch,
+            scene_batch=self.scene_batch,
             max_shots=self.shots,
             level_mean=self.level_mean,
         )

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lct_core.backbone import ShotInput, batch_shots
+from lct_core.backbone import ShotInput, collate_shots
 from lct_core.codec import Codec
 from lct_core.data import VideoScene
 from lct_core.layout import Layout, Shot
@@ -63,7 +63,7 @@ def sample_row(
     else:
         source = data if single_shot_data is None else single_shot_data
         examples = single_shots(
-            source, codec, count=stage.single_shots, dropout=stage.text_dropout, generator=generator
+            source, codec, count=stage.single_shot_batch, dropout=stage.text_dropout, generator=generator
         )
     return to_row(examples, generator=generator, mean=stage.level_mean, std=stage.level_std)
 
@@ -101,7 +101,7 @@ def scene_examples(
         generator: Source of all randomness, on the CPU.
     """
     examples = []
-    for _ in range(stage.scenes):
+    for _ in range(stage.scene_batch):
         scene = _choose(data, generator)
         run = sample_shot_run(len(scene.shots), generator=generator, max_shots=stage.max_shots)
         clips = substitute_single_frames(
@@ -145,7 +145,7 @@ def to_row(examples: Sequence[Example], *, generator: torch.Generator, mean: flo
         return Row([e.shots for e in examples], torch.cat(levels)[None], [e.noise for e in examples])
     columns = zip(*(example.shots for example in examples), strict=True)
     noise = zip(*(example.noise for example in examples), strict=True)
-    return Row([[batch_shots(shots) for shots in columns]], torch.stack(levels), [[_cat(draws) for draws in noise]])
+    return Row([[collate_shots(shots) for shots in columns]], torch.stack(levels), [[_cat(draws) for draws in noise]])
 
 
 def _example(shots: list[ShotInput], generator: torch.Generator) -> Example:

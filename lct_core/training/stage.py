@@ -20,8 +20,8 @@ class Stage:
         steps: Optimiser steps.
         pattern: Attention between shots: ``"bidirectional"`` or ``"context_causal"``.
         scene_share: Share of the steps that take scenes; the others take single shots (paper, A.1: 1:1).
-        single_shots: Single shots in a single-shot step (ours: 4).
-        scenes: Scenes in a scene step (paper, A.1: 3.5 sequences per GPU; ours: 1).
+        single_shot_batch: Single shots in a single-shot step (ours: 4).
+        scene_batch: Scenes in a scene step (paper, A.1: 3.5 sequences per GPU; ours: 1).
         max_shots: Most shots of a scene in a step (paper, 4: nine); fewer are drawn too, see
             :func:`lct_core.sample_shot_run`.
         learning_rate: Its peak (paper, A.1: 1e-4).
@@ -45,8 +45,8 @@ class Stage:
     steps: int
     pattern: str = "bidirectional"
     scene_share: float = 0.5
-    single_shots: int = 4
-    scenes: int = 1
+    single_shot_batch: int = 4
+    scene_batch: int = 1
     max_shots: int = 9
     learning_rate: float = 1e-4
     warm_up: float = 0.05
@@ -66,7 +66,7 @@ class Stage:
             raise ValueError(f"pattern: got {self.pattern!r}, expected one of {list(PATTERNS)}")
         if self.precision not in ("fp32", "bf16"):
             raise ValueError(f"precision: got {self.precision!r}, expected 'fp32' or 'bf16'")
-        for name in ("steps", "single_shots", "scenes", "max_shots"):
+        for name in ("steps", "single_shot_batch", "scene_batch", "max_shots"):
             value, least = getattr(self, name), 0 if name == "steps" else 1
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{name}: got {value!r}, expected an int of at least {least}")
