@@ -68,6 +68,8 @@ def collate_shots(shots: Sequence[ShotInput]) -> ShotInput:
     Raises:
         ValueError: for shots that don't fit in one batch.
     """
+    if not shots:
+        raise ValueError("shots: got none, expected at least one")
     first = shots[0]
     kinds = {
         (s.role, s.text.shape[1:], None if s.latents is None else s.latents.shape[1:], *sorted(s.extras)) for s in shots

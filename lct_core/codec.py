@@ -15,11 +15,13 @@ from torch.nn import functional as F
 class Codec(Protocol):
     """A video autoencoder and a text encoder, as tuning and generation use them; one shot or prompt at a time.
 
-    Around a real model these are its VAE and its text encoder. An empty prompt is the unconditional one.
+    Around a real model these are its VAE and its text encoder. They are called without recording gradients. What goes
+    in is float32 on the CPU; what comes out may be in any floating dtype on any device: noise is added in float32, and
+    the model gets what it is called with. A ValueError from here is shown to the user as it is.
     """
 
     def encode(self, frames: Float[Tensor, "3 frames height width"]) -> Float[Tensor, "channels t y x"]:
-        """RGB in [0, 1] to clean latents."""
+        """RGB in [0, 1] to clean latents, normalised as the model takes them."""
         ...
 
     def decode(self, latents: Float[Tensor, "channels t y x"]) -> Float[Tensor, "3 frames height width"]:
@@ -27,7 +29,7 @@ class Codec(Protocol):
         ...
 
     def text(self, prompt: str) -> Float[Tensor, "tokens width"]:
-        """A prompt to text tokens."""
+        """A prompt to text tokens; an empty one to what stands for no prompt (guidance, text dropout)."""
         ...
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
@@ -60,6 +62,9 @@ class LinearCodec:
                 f"components: got {list(components.shape)} with a mean of {list(mean.shape)}, expected "
                 "[channels, n] and [n], n = 3 x patch x patch"
             )
+        gram = components @ components.T
+        if not torch.allclose(gram, gram[0, 0] * torch.eye(len(gram)), atol=1e-3 * float(gram[0, 0])):
+            raise ValueError("components: expected them orthogonal and equally long, as LinearCodec.fit makes them")
         if length < 1:
             raise ValueError(f"length: got {length}, expected at least 1")
         self.patch, self.length = patch, length

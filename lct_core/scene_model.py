@@ -121,7 +121,7 @@ class SceneModel:
             ValueError: naming the argument, for anything that does not fit the model, the batch or the cache.
         """
         scenes, nested = as_scenes(shots)
-        inputs = [shot for scene in scenes for shot in _with_dummy_video(scene, self.adapter.traits.patch[0])]
+        inputs = [shot for scene in scenes for shot in with_dummy_video(scene, self.adapter.traits.patch[0])]
         counts = [self.adapter.shot(shot) for shot in inputs]
         batch = len(inputs[0].latents)
         for i, shot in enumerate(inputs):
@@ -419,7 +419,7 @@ def noise_levels(t: Tensor, roles: Sequence[Role], batch: int) -> Float[Tensor, 
     return levels
 
 
-def _with_dummy_video(scene: Scene, frames: int) -> list[ShotInput]:
+def with_dummy_video(scene: Scene, frames: int) -> list[ShotInput]:
     """The scene with its global shot's dummy video filled in: one frame of zeros, as large as the first shot's."""
     first, *rest = scene
     if first.role != "global" or first.latents is not None:

@@ -81,11 +81,11 @@ def command(
     from rich.console import Console
 
     from lct_core import generation
+    from lct_core.cli.progress import Stages
+    from lct_core.cli.sheet import SceneRows, contact_sheet
     from lct_core.cli.source import make
     from lct_core.data import VideoScene, write_scene, write_video
-    from lct_core.cli.sheet import SceneRows, contact_sheet
     from lct_core.generation.scene import negative_texts, start_scene
-    from lct_core.cli.progress import Stages
     from lct_core.script import read_script
     from lct_core.training import load_checkpoint
 

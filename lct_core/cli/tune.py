@@ -100,9 +100,9 @@ def command(
     """
     from rich.console import Console
 
+    from lct_core.cli.progress import Stages
     from lct_core.cli.source import make, small_mmdit
     from lct_core.data import SceneFolders, scene_folders
-    from lct_core.cli.progress import Stages
     from lct_core.training import Report, tune
     from lct_core.training.run import check_folder
 

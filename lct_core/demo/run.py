@@ -1,9 +1,10 @@
 """The run that shows Long Context Tuning working: from MP4 files to scenes whose colours agree, in a few minutes.
 
 Scenes of a small world are written to disk as videos and scripts and read back. A single-shot MMDiT learns them shot by
-shot, so it has to guess every shot's colours anew. Retrofitted and tuned, it sees the scene; a short context-causal
-tuning lets it go shot after shot through the KV cache. All of it is the code that ``lct tune`` and ``lct generate``
-run; nothing is mocked, and every number comes from the run.
+shot, so it has to guess every shot's colours anew. (It is retrofitted from the start, which changes nothing for single
+shots.) Tuned on scenes, it sees them whole; a short context-causal tuning lets it go shot after shot through the KV
+cache. All of it is the code that ``lct tune`` and ``lct generate`` run; nothing is mocked, and every number comes from
+the run.
 """
 
 import json
@@ -17,6 +18,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from lct_core.cli.progress import Stages
+from lct_core.cli.sheet import SceneRows, contact_sheet
 from lct_core.codec import LinearCodec
 from lct_core.data import VideoScene
 from lct_core.demo import extras
@@ -27,12 +30,10 @@ from lct_core.demo.metrics import adherence, appearance_error
 from lct_core.demo.plots import loss_curves, modes
 from lct_core.demo.report import GOALS, LABELS, key, report
 from lct_core.demo.settings import Settings
-from lct_core.cli.sheet import SceneRows, contact_sheet
 from lct_core.demo.world import sample_scene
 from lct_core.losses import tuning_loss
 from lct_core.noise import keyed_generator
 from lct_core.plugins import registry
-from lct_core.cli.progress import Stages
 from lct_core.scene_model import SceneModel, retrofit
 from lct_core.training import METRICS, Report, Stage, single_shots, to_row, tune
 

@@ -25,7 +25,7 @@ class Settings:
         level_mean: Mean of the logit of noise levels in training. Colours are decided where nearly all is noise; at a
             mean of 0 shots learn to agree on them much more slowly. SD3's shift of 3 is a mean of 1.1.
         euler_steps: Of generation (paper, A.2: 32).
-        guidance: On the texts, in every mode (paper, A.2: 7.5).
+        guidance: On the texts, one scale for every mode (paper, A.2: 7.5, for a large model).
         t_c: Noise level of given and of earlier shots, 0-1000 (paper, 4.2: 100-500).
         long_shots: Shots in a row for the errors that accumulate, each seeing the last that fit the trained window; 0
             leaves this out.
@@ -50,7 +50,7 @@ class Settings:
     causal_rate: float = 4e-3
     level_mean: float = 1.3
     euler_steps: int = 32
-    guidance: float = 1.0
+    guidance: float = 2.0
     t_c: float = 100.0
     long_shots: int = 0
     long_t_c: tuple[float, ...] = (0.0, 100.0, 300.0, 500.0, 900.0)

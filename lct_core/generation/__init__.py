@@ -11,5 +11,18 @@ from lct_core.generation.euler import Step, euler
 from lct_core.generation.guidance import Guidance
 from lct_core.generation.history import History, recent
 from lct_core.generation.joint import joint
+from lct_core.generation.scene import negative_texts, start_scene
 
-__all__ = ["Guidance", "History", "Step", "autoregressive", "causal", "conditional", "euler", "joint", "recent"]
+__all__ = [
+    "Guidance",
+    "History",
+    "Step",
+    "autoregressive",
+    "causal",
+    "conditional",
+    "euler",
+    "joint",
+    "negative_texts",
+    "recent",
+    "start_scene",
+]

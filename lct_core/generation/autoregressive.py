@@ -1,14 +1,16 @@
 """Auto-regressive generation with a bidirectional model: shot after shot, earlier ones given (paper, Fig. 4 a.2)."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from lct_core.backbone import ShotInput
-from lct_core.generation.conditional import conditional, left_to_generate, with_dummy_video
+from lct_core.generation.common import history_noise, left_to_generate
+from lct_core.generation.conditional import conditional
 from lct_core.generation.euler import Callback, Latents, Step
 from lct_core.generation.guidance import Guidance
 from lct_core.generation.history import History, choose, recent
 from lct_core.masks import Pattern
-from lct_core.scene_model import SceneModel
+from lct_core.scene_model import SceneModel, with_dummy_video
 
 
 def autoregressive(
@@ -18,6 +20,7 @@ def autoregressive(
     *,
     t_c: float = 100.0,
     history: History | None = None,
+    seed: int = 0,
     steps: int = 32,
     guidance: Guidance | None = None,
     pattern: str | Pattern = "bidirectional",
@@ -29,25 +32,30 @@ def autoregressive(
 
     Args:
         model: A scene model, tuned with the pattern.
-        scene: The shots; their latents are the noise that they start from, or that a given shot is noised with.
-        given: Clean latents of shots that are not to be generated, by their index in the scene counting from 0.
+        scene: The shots; their latents are the noise that they start from, or that a given shot is noised with, in the
+            dtype and on the device in which the model is called.
+        given: Clean latents of the first shots, which are not to be generated, by their index in the scene counting
+            from 0.
         t_c: Noise level of earlier shots, 0-1000 (paper, 4.2: 100-500). Low keeps more of them, high accumulates fewer
             errors.
         history: Which earlier shots are seen (default: the last eight, see :func:`recent`); the global one always is.
+        seed: Of the noise that a generated shot gets as history: another than the one that it started from, which it
+            still tells of (ours; the paper leaves it open).
         steps: Euler steps for each shot (paper, A.2: 32).
         guidance: Guidance on the texts (default: none).
         pattern: As :class:`SceneModel` takes it.
         callback: Called after every step.
 
     Returns:
-        Clean latents for every shot of the scene, the given ones as they came; None for a global shot.
+        Clean latents for every shot of the scene, in float32 at least, the given ones as they came; None for a global
+        shot.
 
     Raises:
         ValueError: as :func:`conditional` does, and for a history that is not of earlier shots.
     """
     done = dict(given or {})
-    left = left_to_generate(scene, done, t_c)
-    scene = with_dummy_video(model, scene)
+    left = left_to_generate(scene, done, t_c, in_order=True)
+    scene = with_dummy_video(scene, model.adapter.traits.patch[0])
     shots = [i for i, shot in enumerate(scene) if shot.role != "global"]
     everywhere = [i for i, shot in enumerate(scene) if shot.role == "global"]
     for i in left:
@@ -64,6 +72,7 @@ def autoregressive(
         )
         assert last is not None
         done[i] = last
+        scene[i] = replace(scene[i], latents=history_noise(scene[i], i, seed).to(scene[i].latents.dtype))
     return [done.get(i) for i in range(len(scene))]
 
 

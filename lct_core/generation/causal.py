@@ -1,18 +1,17 @@
 """Auto-regressive generation with a context-causal model and a KV cache (paper, 3.3 and Fig. 4 b)."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 
 import torch
 
 from lct_core.backbone import ShotInput
 from lct_core.cache import KVCache
-from lct_core.generation.conditional import left_to_generate, noised_shots, predict, with_dummy_video
+from lct_core.generation.common import as_condition, history_noise, left_to_generate, predict
 from lct_core.generation.euler import Callback, Latents, euler
 from lct_core.generation.guidance import Guidance, branches
 from lct_core.generation.history import History, choose, recent
-from lct_core.scene_model import SceneModel
+from lct_core.scene_model import SceneModel, with_dummy_video
 
 
 @torch.no_grad()
@@ -23,6 +22,7 @@ def causal(
     *,
     t_c: float = 100.0,
     history: History | None = None,
+    seed: int = 0,
     steps: int = 32,
     guidance: Guidance | None = None,
     callback: Callback | None = None,
@@ -34,55 +34,58 @@ def causal(
 
     Args:
         model: A scene model, tuned with context-causal attention.
-        scene: The shots; their latents are the noise that they start from, and that they are noised with as history.
-        given: Clean latents of shots that are not to be generated, by their index in the scene counting from 0.
+        scene: The shots; their latents are the noise that they start from, or that a given shot is noised with, in the
+            dtype and on the device in which the model is called.
+        given: Clean latents of the first shots, which are not to be generated, by their index in the scene counting
+            from 0.
         t_c: Noise level of the history, 0-1000 (paper, 4.2: 100-500). Low keeps more of it, high accumulates fewer
             errors.
         history: Which earlier shots are seen (default: the last eight, see :func:`recent`); the global one always is.
             A chosen shot's keys hold what it saw itself when it was made (:meth:`KVCache.select`).
+        seed: Of the noise that a generated shot gets as history: another than the one that it started from, which it
+            still tells of (ours; the paper leaves it open).
         steps: Euler steps for each shot (paper, A.2: 32).
         guidance: Guidance on the texts (default: none).
         callback: Called after every step.
 
     Returns:
-        Clean latents for every shot of the scene, the given ones as they came; None for a global shot.
+        Clean latents for every shot of the scene, in float32 at least, the given ones as they came; None for a global
+        shot.
 
     Raises:
         ValueError: as :func:`conditional` does, and for a history that is not of earlier shots.
     """
     done = dict(given or {})
-    left = left_to_generate(scene, done, t_c)
-    scene = with_dummy_video(model, scene)
-    noised = noised_shots(model, scene, done, t_c)
+    left = left_to_generate(scene, done, t_c, in_order=True)
+    scene = with_dummy_video(scene, model.adapter.traits.patch[0])
     texts = branches(scene, guidance)
-    caches = [KVCache() for _ in texts]
+    tokens = sum(model.adapter.shot(shot).tokens for shot in scene)
+    caches = [KVCache(capacity=tokens) for _ in texts]
     shots = [i for i, shot in enumerate(scene) if shot.role != "global"]
     everywhere = [i for i, shot in enumerate(scene) if shot.role == "global"]
 
     def run(i: int, latents: list[Latents], level: float) -> list[Latents]:
-        """One pass of shot i in every branch, behind the history: the guided velocity."""
-        said = [
-            predict(
-                model, [replace(branch[i], latents=latents[0])], [level], [0], pattern="context_causal", cache=cache
-            )
-            for branch, cache in zip(texts, caches, strict=True)
-        ]
-        return said[0] if guidance is None or len(said) == 1 else guidance.combine(*said)
+        """One pass of shot i in every branch, behind the history."""
+        alone = [[branch[i]] for branch in texts]
+        return predict(model, alone, guidance, {0: latents[0]}, [level], [0], pattern="context_causal", caches=caches)
+
+    def keep(i: int, latents: Latents, level: float) -> None:
+        """Write shot i behind the history, in a pass of its own."""
+        run(i, [latents], level)
+        for cache in caches:
+            cache.append(i)
 
     for i in everywhere:  # clean, and first: it sees nothing else
-        for branch, cache in zip(texts, caches, strict=True):
-            predict(model, [branch[i]], [0.0], [], pattern="context_causal", cache=cache)
-            cache.append(i)
+        keep(i, scene[i].latents, 0.0)
     for i in shots:
         seen = [*everywhere, *choose(history or recent(), shots, i)]
         for cache in caches:
             if [entry.id for entry in cache.shots] != seen:
                 cache.select(seen)
+        noise = scene[i].latents
         if i in left:
-            (done[i],) = euler(partial(run, i), [scene[i].latents], steps=steps, shots=[i], callback=callback)
-            noised |= noised_shots(model, scene, {i: done[i]}, t_c)
+            (done[i],) = euler(partial(run, i), [noise], steps=steps, shots=[i], callback=callback)
+            noise = history_noise(scene[i], i, seed).to(noise.dtype)
         if i != shots[-1]:
-            run(i, [noised[i]], t_c / 1000)
-            for cache in caches:
-                cache.append(i)
+            keep(i, as_condition(model, done[i], noise, t_c), t_c / 1000)
     return [done.get(i) for i in range(len(scene))]

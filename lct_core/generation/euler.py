@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -39,7 +40,7 @@ def euler(
     shots: Sequence[int] | None = None,
     callback: Callback | None = None,
 ) -> list[Latents]:
-    """Follow the flow from noise, t = 1, to data, t = 0, in equal steps: z <- z - v / steps.
+    """Follow the flow from noise, t = 1, to data, t = 0, in equal steps: z <- z - v / steps, in float32 at least.
 
     Args:
         velocity: dz/dt of some shots that share the noise level t: ``velocity(latents, t)``.
@@ -48,16 +49,24 @@ def euler(
         shots: What a callback shall call these shots (default: 0, 1, 2, ...).
         callback: Called after every step.
 
+    Returns:
+        Every shot at t = 0.
+
     Raises:
         ValueError: for fewer than one step.
     """
     if steps < 1:
         raise ValueError(f"steps: got {steps}, expected at least 1")
     names = tuple(range(len(noise)) if shots is None else shots)
-    latents = list(noise)
+    latents = [wide(z) for z in noise]
     for i in range(steps):
         change = velocity(latents, 1 - i / steps)
         latents = [z - v / steps for z, v in zip(latents, change, strict=True)]
         if callback is not None:
             callback(Step(names, i + 1, steps, 1 - (i + 1) / steps, latents))
     return latents
+
+
+def wide(x: Tensor) -> Tensor:
+    """In float32, or in its own dtype where that is finer: half precision would lose small steps."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -1,8 +1,9 @@
 """Classifier-free guidance, on the texts alone (paper, A.2)."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from math import isfinite
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
@@ -19,7 +20,9 @@ class Guidance:
 
     Args:
         text: The negative prompt of shots, encoded, ``[1 or batch, tokens, width]`` (paper: a concise one).
-        global_text: The negative prompt of the global shot (paper: a comprehensive one; default: ``text``).
+        global_text: The negative prompt of the global shot (paper: a comprehensive one; default: ours, ``text``).
+        extras: What the negative prompt puts in place of a shot's extras of these names, such as a pooled embedding.
+        global_extras: The same for the global shot (default: ours, ``extras``).
         scale: How far (paper, A.2: 7.5). 1 is no guidance, and spares the negative branch.
 
     Raises:
@@ -28,6 +31,8 @@ class Guidance:
 
     text: Float[Tensor, "batch tokens width"]
     global_text: Float[Tensor, "batch tokens width"] | None = None
+    extras: Mapping[str, Any] = field(default_factory=dict)
+    global_extras: Mapping[str, Any] | None = None
     scale: float = 7.5
 
     def __post_init__(self) -> None:
@@ -40,7 +45,8 @@ class Guidance:
         Raises:
             ValueError: for a negative prompt that is not encoded for one entry of the batch, or for each.
         """
-        return [replace(shot, text=self._text(shot)) for shot in scene]
+        others = {"shot": self.extras, "global": self.extras if self.global_extras is None else self.global_extras}
+        return [replace(shot, text=self._text(shot), extras={**shot.extras, **others[shot.role]}) for shot in scene]
 
     def _text(self, shot: ShotInput) -> Tensor:
         name = "global_text" if shot.role == "global" and self.global_text is not None else "text"
@@ -53,7 +59,7 @@ class Guidance:
         return text.to(shot.text).expand(batch, -1, -1)
 
     def combine(self, positive: Sequence[Tensor], negative: Sequence[Tensor]) -> list[Tensor]:
-        """The guided velocity of every shot; at a scale of 0 it is the negative's, at 1 the positive's."""
+        """The guided velocity of every shot, in its dtype: at a scale of 0 the negative's, at 1 the positive's."""
         return [n + self.scale * (p - n) for p, n in zip(positive, negative, strict=True)]
 
 

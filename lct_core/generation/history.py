@@ -2,10 +2,10 @@
 
 from collections.abc import Callable, Sequence
 
-History = Callable[[Sequence[int]], Sequence[int]]
-"""From the indices of all earlier shots of a scene, the global one left out, to those that are seen, in this order.
+History = Callable[[int, Sequence[int]], Sequence[int]]
+"""``history(shot, earlier)``: which of the earlier shots of a scene a shot sees, in this order, all by index.
 
-The global shot is always seen.
+The global shot is not among them: it is always seen.
 """
 
 
@@ -20,7 +20,7 @@ def recent(window: int = 9) -> History:
     """
     if window < 1:
         raise ValueError(f"window: got {window}, expected at least 1, the current shot")
-    return lambda earlier: earlier[len(earlier) - min(len(earlier), window - 1) :]
+    return lambda shot, earlier: earlier[len(earlier) - min(len(earlier), window - 1) :]
 
 
 def choose(history: History, scene: Sequence[int], shot: int) -> list[int]:
@@ -35,7 +35,7 @@ def choose(history: History, scene: Sequence[int], shot: int) -> list[int]:
         ValueError: for a choice of a shot that is not an earlier one, or of a shot twice.
     """
     earlier = [i for i in scene if i < shot]
-    chosen = list(history(earlier))
+    chosen = list(history(shot, earlier))
     if unknown := [i for i in chosen if i not in earlier]:
         raise ValueError(f"history: got {unknown} for shot {shot}, expected some of the earlier shots, {earlier}")
     if len(set(chosen)) != len(chosen):

@@ -13,6 +13,7 @@ from lct_core.script import Script
 Size = tuple[int, int, int]
 
 
+@torch.no_grad()
 def start_scene(
     script: Script,
     codec: Codec,
@@ -21,6 +22,7 @@ def start_scene(
     seed: int,
     scene: int = 0,
     device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
 ) -> list[ShotInput]:
     """Encode a script's prompts and draw every shot's noise.
 
@@ -31,6 +33,10 @@ def start_scene(
         seed: Of the noise; a shot's noise depends on it, ``scene`` and the shot's place alone.
         scene: Number of the scene, so that several scenes of one seed differ.
         device: Where to put it.
+        dtype: Of texts and noise: that in which the model is called.
+
+    Returns:
+        The shots, as the modes take them.
 
     Raises:
         ValueError: for a number of sizes that differs from the shots', and as the codec does.
@@ -39,18 +45,19 @@ def start_scene(
     if len(sizes) != len(script.shots):
         raise ValueError(f"size: got {len(sizes)}, expected one, or one for each of the {len(script.shots)} shots")
     overall = script.global_prompt()
-    first = [ShotInput(text=codec.text(overall)[None].to(device), role="global")] if overall else []
+    first = [ShotInput(text=codec.text(overall)[None].to(device, dtype), role="global")] if overall else []
     return first + [
         ShotInput(
-            text=codec.text(prompt)[None].to(device),
+            text=codec.text(prompt)[None].to(device, dtype),
             latents=shot_noise(
-                (1, *codec.latent_shape(*of_shot)), seed=seed, step=0, scene=scene, shot=i, device=device
+                (1, *codec.latent_shape(*of_shot)), seed=seed, step=0, scene=scene, shot=i, device=device, dtype=dtype
             ),
         )
         for i, (prompt, of_shot) in enumerate(zip(script.shot_prompts(), sizes, strict=True))
     ]
 
 
-def negative_texts(codec: Codec, *, shot: str = "", overall: str = "") -> dict[str, torch.Tensor]:
+@torch.no_grad()
+def negative_texts(codec: Codec, *, shot: str = "", overall: str = "") -> dict[str, Any]:
     """Encoded negative prompts, as :class:`Guidance` takes them: ``Guidance(scale=7.5, **negative_texts(codec))``."""
     return {"text": codec.text(shot)[None], "global_text": codec.text(overall)[None]}

@@ -11,7 +11,7 @@ from lct_core.backbone import ShotInput, collate_shots
 from lct_core.codec import Codec
 from lct_core.data import VideoScene
 from lct_core.layout import Layout, Shot
-from lct_core.noise import keyed_generator, sample_levels, sample_shot_run, substitute_single_frames
+from lct_core.noise import keyed_generator, sample_levels, sample_shot_run, shot_noise, substitute_single_frames
 from lct_core.training.stage import Stage
 
 
@@ -38,6 +38,7 @@ class Row(NamedTuple):
         )
 
 
+@torch.no_grad()
 def sample_row(
     stage: Stage,
     step: int,
@@ -56,6 +57,12 @@ def sample_row(
         codec: Encodes pictures and prompts.
         seed: Of the run.
         single_shot_data: Where single shots come from (paper, A.1: pre-training data; default: the scenes' own shots).
+
+    Returns:
+        The row, latents and noise in float32; no gradient is recorded in the codec.
+
+    Raises:
+        ValueError: for no data, and as the codec does.
     """
     generator = keyed_generator(seed, stage.name, step)
     if stage.is_scene_step(step):
@@ -68,6 +75,7 @@ def sample_row(
     return to_row(examples, generator=generator, mean=stage.level_mean, std=stage.level_std)
 
 
+@torch.no_grad()
 def single_shots(
     data: Sequence[VideoScene], codec: Codec, *, count: int, dropout: float = 0.1, generator: torch.Generator
 ) -> list[Example]:
@@ -77,7 +85,7 @@ def single_shots(
         data: Scenes.
         codec: Encodes pictures and prompts.
         count: How many.
-        dropout: Probability that a prompt is left empty, each for itself.
+        dropout: Probability that a prompt is left empty, each for itself (ours: 0.1).
         generator: Source of all randomness, on the CPU.
     """
     examples = []
@@ -89,6 +97,7 @@ def single_shots(
     return examples
 
 
+@torch.no_grad()
 def scene_examples(
     stage: Stage, data: Sequence[VideoScene], codec: Codec, *, generator: torch.Generator
 ) -> list[Example]:
@@ -124,8 +133,8 @@ def to_row(examples: Sequence[Example], *, generator: torch.Generator, mean: flo
     Args:
         examples: At least one.
         generator: Source of the noise levels, on the CPU: every shot has its own (paper, 3.4).
-        mean: Mean of the levels' logit.
-        std: Its standard deviation.
+        mean: Mean of the levels' logit (upstream, SD3: 0).
+        std: Its standard deviation (upstream, SD3: 1).
 
     Raises:
         ValueError: for no example.
@@ -149,12 +158,19 @@ def to_row(examples: Sequence[Example], *, generator: torch.Generator, mean: flo
 
 
 def _example(shots: list[ShotInput], generator: torch.Generator) -> Example:
-    noise = [None if shot.role == "global" else torch.randn(shot.latents.shape, generator=generator) for shot in shots]
-    return Example(shots, noise)
+    """With the noise of every shot, drawn whole and apart from the others'."""
+    key = int(torch.randint(2**62, (), generator=generator))
+    return Example(
+        shots,
+        [
+            None if shot.role == "global" else shot_noise(shot.latents.shape, seed=key, step=0, scene=0, shot=i)
+            for i, shot in enumerate(shots)
+        ],
+    )
 
 
 def _shot(clip: Tensor, prompt: str, codec: Codec) -> ShotInput:
-    return ShotInput(latents=codec.encode(clip)[None], text=codec.text(prompt)[None])
+    return ShotInput(latents=codec.encode(clip)[None].float(), text=codec.text(prompt)[None])
 
 
 def _layout(example: Example) -> tuple[Any, ...]:

@@ -1,7 +1,7 @@
 """The one training loop, for every stage (paper, 3.4 and A.1)."""
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -10,8 +10,9 @@ from torch import nn
 from lct_core.codec import Codec
 from lct_core.data import VideoScene
 from lct_core.losses import tuning_loss
+from lct_core.noise import keyed_generator
 from lct_core.scene_model import SceneModel
-from lct_core.training.examples import sample_row
+from lct_core.training.examples import Row, sample_row
 from lct_core.training.optimizer import EMA, adamw, cosine
 from lct_core.training.stage import Stage
 
@@ -44,9 +45,18 @@ class Training:
     Args:
         model: A retrofitted model; its backbone's parameters that take gradients are trained, in place.
         stage: The stage.
+
+    Raises:
+        ValueError: for weights in half precision where the stage's precision is fp32.
     """
 
     def __init__(self, model: SceneModel, stage: Stage) -> None:
+        coarse = {p.dtype for p in model.backbone.parameters() if p.dtype in (torch.bfloat16, torch.float16)}
+        if coarse and stage.precision == "fp32":
+            raise ValueError(
+                f"model: got weights in {', '.join(map(str, coarse))} with precision 'fp32', expected float32; call "
+                ".float() on the model, with precision 'bf16' to run it under autocast"
+            )
         self.model, self.stage, self.step = model, stage, 0
         self.optimizer = adamw(model.backbone.parameters(), learning_rate=stage.learning_rate)
         self.ema = EMA(model.backbone, decay=stage.ema)
@@ -91,45 +101,68 @@ def train(
         training: A new stage, or one that goes on.
         data: Scenes.
         codec: Encodes pictures and prompts.
-        seed: Of the run. A step's data, noise and levels depend on it, on the stage's name and on the step alone.
+        seed: Of the run. A step's data, noise, levels and whatever the model and the codec draw from torch's global
+            generators depend on it, on the stage's name and on the step alone.
         steps: Most steps to take in this call (default: all that are left).
         single_shot_data: Where single shots come from (default: the scenes' own shots).
         on_step: Called after every step, when ``training`` can be saved.
 
     Raises:
-        ValueError: for a loss that is not finite, and as :class:`SceneModel` and the codec do.
+        ValueError: for a loss or a gradient that is not finite, before any weight has changed, and as
+            :class:`SceneModel` and the codec do.
     """
-    stage, model = training.stage, training.model
-    weights = model.backbone.parameters()
-    device = next(weights).device
+    backbone, stage = training.model.backbone, training.stage
     stop = stage.steps if steps is None else min(stage.steps, training.step + steps)
-    while training.step < stop:
-        step = training.step
-        row = sample_row(stage, step, data, codec, seed=seed, single_shot_data=single_shot_data)
-        row = row.to(device)
-        rate = stage.learning_rate * cosine(step, stage.steps, warm_up=stage.warm_up)
-        for group in training.optimizer.param_groups:
-            group["lr"] = rate
-        training.optimizer.zero_grad()
-        with _autocast(stage, device):
-            loss = tuning_loss(model, row.scenes, row.levels, row.noise, pattern=stage.pattern)
-        if not torch.isfinite(loss.mean):
-            raise ValueError(
-                f"{stage.name}, step {step + 1}: the loss is {loss.mean.item()}; lower learning_rate={rate:g}, or look "
-                "for pictures or weights that are not finite"
-            )
-        loss.mean.backward()
-        norm = nn.utils.clip_grad_norm_(model.backbone.parameters(), stage.clip)
-        training.optimizer.step()
-        training.ema.update()
-        training.step += 1
-        if training.step == stage.steps:
-            training.ema.copy_to_model()
-        if on_step is not None:
-            kind = "scene" if stage.is_scene_step(step) else "single_shot"
-            shots = len(row.levels) * len(loss.shots)
-            on_step(Report(stage.name, step + 1, kind, shots, loss.mean.item(), rate, norm.item()))
+    device = next(backbone.parameters()).device
+    was_training = backbone.training
+    backbone.train()
+    try:
+        while training.step < stop:
+            with _randomness(seed, stage, training.step, device):
+                row = sample_row(stage, training.step, data, codec, seed=seed, single_shot_data=single_shot_data)
+                report = _step(training, row.to(device), device)
+            if training.step == stage.steps:
+                training.ema.copy_to_model()
+            if on_step is not None:
+                on_step(report)
+    finally:
+        backbone.train(was_training)
 
 
-def _autocast(stage: Stage, device: torch.device) -> AbstractContextManager[Any]:
-    return torch.autocast(device.type, torch.bfloat16) if stage.precision == "bf16" else nullcontext()
+def _step(training: Training, row: Row, device: torch.device) -> Report:
+    """One optimiser step; ``training`` is one step further, unless it raises."""
+    stage, model, step = training.stage, training.model, training.step
+    rate = stage.learning_rate * cosine(step, stage.steps, warm_up=stage.warm_up)
+    for group in training.optimizer.param_groups:
+        group["lr"] = rate
+    training.optimizer.zero_grad()
+    with torch.autocast(device.type, torch.bfloat16) if stage.precision == "bf16" else nullcontext():
+        loss = tuning_loss(model, row.scenes, row.levels, row.noise, pattern=stage.pattern)
+    loss.mean.backward()
+    norm = nn.utils.clip_grad_norm_(model.backbone.parameters(), stage.clip)
+    if not (torch.isfinite(loss.mean) and torch.isfinite(norm)):
+        raise ValueError(
+            f"{stage.name}, step {step + 1}: the loss is {loss.mean.item()}, the norm of its gradient {norm.item()}; "
+            f"lower learning_rate={rate:g}, or look for pictures or weights that are not finite"
+        )
+    training.optimizer.step()
+    training.ema.update()
+    training.step += 1
+    return Report(
+        stage=stage.name,
+        step=training.step,
+        kind="scene" if stage.is_scene_step(step) else "single_shot",
+        shots=len(row.levels) * len(loss.shots),
+        loss=loss.mean.item(),
+        learning_rate=rate,
+        gradient_norm=norm.item(),
+    )
+
+
+@contextmanager
+def _randomness(seed: int, stage: Stage, step: int, device: torch.device) -> Iterator[None]:
+    """What draws from torch's global generators, a model's dropout or a codec's sampling, depends on the step alone."""
+    kind = "cuda" if device.type == "cpu" else device.type
+    with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device], device_type=kind):
+        torch.manual_seed(keyed_generator("global", seed, stage.name, step).initial_seed())
+        yield

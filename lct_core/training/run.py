@@ -39,7 +39,7 @@ def tune(
 
     In ``out`` it writes ``metrics.jsonl``, a line for every step; ``checkpoint.pt``, to go on from; and at the end of
     each stage ``STAGE.pt``, the model. A run that was stopped and resumed gives the same weights as one that was not,
-    bit for bit on the CPU.
+    bit for bit where the machine repeats itself, as a CPU does with one number of threads.
 
     Args:
         out: Folder, made where it is missing.
@@ -77,8 +77,7 @@ def tune(
         first = names.index(saved["stage"])
     if saved is None:  # a run that stops before its first checkpoint can be resumed too
         out.mkdir(parents=True, exist_ok=True)
-        start = Training(model, stages[0]).state_dict()
-        save_checkpoint(out / CHECKPOINT, {**settings, "stage": names[0], "training": start})
+        _save(out, settings, Training(model, stages[0]))
     kept = _kept_lines(out / METRICS, names, first, saved["training"]["step"]) if saved else []
     with (out / METRICS).open("w", encoding="utf-8", buffering=1) as log:  # whole lines, on disk at once
         log.writelines(kept)
@@ -104,13 +103,18 @@ def tune(
                     single_shot_data=single_shot_data,
                     on_step=note,
                 )
-                save_checkpoint(out / CHECKPOINT, {**settings, "stage": stage.name, "training": training.state_dict()})
+                _save(out, settings, training)
+            del training  # its averages and moments make room for the next stage's
             save_checkpoint(
                 out / f"{stage.name}.pt",
                 {**settings, "stage": stage.name, "pattern": stage.pattern, "model": model.backbone.state_dict()},
             )
             if on_stage is not None:
                 on_stage(stage)
+
+
+def _save(out: Path, settings: Mapping[str, Any], training: Training) -> None:
+    save_checkpoint(out / CHECKPOINT, {**settings, "stage": training.stage.name, "training": training.state_dict()})
 
 
 def check_folder(out: Path, *, resume: bool) -> None:
