@@ -52,7 +52,8 @@ class LinearCodec:
             prompt is zero rows alone.
 
     Raises:
-        ValueError: for components that don't fit the mean, an empty vocabulary or a repeated phrase.
+        ValueError: for components that don't fit the mean, aren't orthogonal or not equally long, an empty vocabulary
+            or a repeated phrase.
     """
 
     def __init__(self, *, mean: Tensor, components: Tensor, vocabulary: Sequence[str], length: int = 1) -> None:
@@ -63,7 +64,8 @@ class LinearCodec:
                 "[channels, n] and [n], n = 3 x patch x patch"
             )
         gram = components @ components.T
-        if not torch.allclose(gram, gram[0, 0] * torch.eye(len(gram)), atol=1e-3 * float(gram[0, 0])):
+        even = gram[0, 0] * torch.eye(len(gram)).to(gram)
+        if not gram[0, 0] > 0 or not torch.allclose(gram, even, atol=1e-3 * float(gram[0, 0])):
             raise ValueError("components: expected them orthogonal and equally long, as LinearCodec.fit makes them")
         if length < 1:
             raise ValueError(f"length: got {length}, expected at least 1")

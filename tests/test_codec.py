@@ -269,6 +269,11 @@ def test_the_state_makes_the_same_codec(tmp_path):
         ({"components": torch.ones(2, 11)}, r"^components: got \[2, 11\] with a mean of \[12\], expected"),
         ({"components": torch.ones(12)}, r"^components: got \[12\] with a mean of \[12\], expected"),
         ({"components": torch.ones(0, 12)}, r"^components: got \[0, 12\] with a mean of \[12\], expected"),
+        ({"components": torch.eye(12)[[0, 0]]}, "^components: expected them orthogonal and equally long, as"),
+        ({"components": torch.tensor([[1.0], [1.1]]) * torch.eye(12)[:2]}, "^components: expected them orthogonal"),
+        ({"components": torch.eye(12)[:2] + 0.01}, "^components: expected them orthogonal and equally long"),
+        ({"components": torch.zeros(2, 12)}, "^components: expected them orthogonal and equally long"),
+        ({"components": torch.full((2, 12), float("nan"))}, "^components: expected them orthogonal"),
         ({"vocabulary": []}, "^vocabulary: got an empty or repeated phrase, or none, expected each phrase once$"),
         ({"vocabulary": ["a", "!"]}, "^vocabulary: got an empty or repeated phrase"),
         ({"vocabulary": ["a b", "A, b"]}, "^vocabulary: got an empty or repeated phrase"),
@@ -280,3 +285,11 @@ def test_a_codec_refuses(changes, message):
     LinearCodec(**good)
     with pytest.raises(ValueError, match=message):
         LinearCodec(**good | changes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("length", [1e-4, 1.0, 1e4])
+def test_components_may_have_any_length_and_any_direction(length, dtype):
+    directions = torch.linalg.qr(torch.randn(12, 12, generator=torch.Generator().manual_seed(0)))[0][:5]
+    codec = LinearCodec(mean=torch.full((12,), 0.5), components=(length * directions).to(dtype), vocabulary=["a"])
+    assert codec.channels == 5

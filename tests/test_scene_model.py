@@ -64,7 +64,7 @@ class Toy(nn.Module):
     def forward(self, latents, timestep, text, strength=1.0):
         x, words, condition = self.embed(latents, timestep, text, strength)
         grid = self.grid(latents)
-        angles = self.angles(self.position_embedding(grid, text.shape[1] if self.text == "joint" else 0))
+        angles = self.angles(self.places(grid, text.shape[1] if self.text == "joint" else 0))
         for block in self.blocks:
             q, k, v = block.qkv(x, condition)
             x = block.finish(x, plain_attention(turned(q, angles, self.pairing), turned(k, angles, self.pairing), v))

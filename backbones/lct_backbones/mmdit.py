@@ -46,8 +46,8 @@ class MMDiT(nn.Module):
         patch: Latent ``(frames, height, width)`` that make one token (default: upstream, no patching in time).
         mlp_ratio: Hidden channels of the MLP over ``width`` (default: upstream).
         theta: Base of the RoPE periods (default: upstream).
-        position_embedding: Whether video tokens also get a fixed sine-cosine embedding of their place in their own shot, as SD3's
-            do (default: paper, which names RoPE alone). A small model learns faster where things belong.
+        position_embedding: Whether video tokens also get a fixed sine-cosine embedding of their place in their own
+            shot, as SD3's do (default: paper, which names RoPE alone). A small model learns faster where things belong.
     """
 
     def __init__(

@@ -6,7 +6,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from operator import attrgetter
 from pathlib import Path
+from traceback import walk_tb
 from typing import Any
+
+_OURS = ("lct_core", "lct_backbones", "lct_plugins")
+_OF_BOTH = ("torch", "einops")  # what they raise, they raise about their caller
 
 
 def load(name: str) -> Callable[[], Any]:
@@ -61,6 +65,40 @@ def current_folder_on_path() -> Iterator[None]:
         yield
     finally:
         sys.path[:] = before
+
+
+@contextmanager
+def own_code(name: str | None) -> Iterator[None]:
+    """Where the user's model or codec raises a RuntimeError inside the ``with``, as torch does, say so in one line.
+
+    Any other error goes through, so that a mistake of the library's shows as one.
+
+    Args:
+        name: The factory's; None where the model is not the user's, and nothing is done.
+
+    Raises:
+        ValueError: instead of the RuntimeError.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        place = _users_line(error)
+        if name is None or place is None:
+            raise
+        raise ValueError(
+            f"MODULE:FACTORY: the model or the codec of {name} raised {_described(error)} ({place}); mend it there"
+        ) from error
+
+
+def _users_line(error: Exception) -> str | None:
+    """The line of the user's code, or of a library of theirs, that raised an error; None where it is of ours."""
+    for frame, line in reversed([*walk_tb(error.__traceback__)]):
+        package = frame.f_globals.get("__name__", "").partition(".")[0]
+        if package in _OURS:
+            return None
+        if package not in _OF_BOTH:
+            return f"{frame.f_code.co_filename}:{line}"
+    return None
 
 
 def _described(error: Exception) -> str:

@@ -1,22 +1,41 @@
 """``lct generate``: a scene from a script and a model that ``lct tune`` made."""
 
 import re
-from collections.abc import Sequence
-from math import isfinite
+from collections.abc import Mapping, Sequence
+from math import lcm
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 import torch
 from torch import Tensor
 
-from lct_core.cli.options import COUNT, FPS, Finite, device, seed
+from lct_core import generation
+from lct_core.backbone import ShotInput
+from lct_core.cli.factory import current_folder_on_path, own_code
+from lct_core.cli.options import COUNT, FINITE, FPS, LEVEL, device, seed, within_memory
+from lct_core.cli.source import ModelCard
+from lct_core.codec import Codec
+from lct_core.data import VideoScene, read_image, read_video, write_scene, write_video
+from lct_core.data.scenes import is_video
+from lct_core.scene_model import SceneModel
+from lct_core.script import Script, read_script
+from lct_core.training import load_checkpoint
 
 _MODES = ("joint", "conditional", "autoregressive", "causal")
-_VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi")
+_LESS_MEMORY = "choose a smaller --size or --window, or add --bf16"
+
+Size = tuple[int, int, int]
 
 
-@click.command("generate")
+class _Given(NamedTuple):
+    """A shot that is not to be generated: the file that it comes from, and its frames."""
+
+    file: Path
+    frames: Tensor
+
+
+@click.command("generate", short_help="Generate the scene of a script.")
 @click.argument("script", type=click.Path(path_type=Path))
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option(
@@ -24,31 +43,45 @@ _VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi")
     type=click.Path(file_okay=False, path_type=Path),
     default=Path("runs/generate"),
     show_default=True,
-    help="Folder for the shots, scene.mp4 and contact_sheet.png.",
+    help="Folder for script.txt, the shots, scene.mp4 and contact_sheet.png.",
 )
 @click.option(
     "--mode",
     type=click.Choice(_MODES),
-    help="All shots at once; from given ones; shot after shot; the same through the KV cache.  "
-    "[default: conditional with --given; else causal for a context-causal model, joint for another]",
+    help="All shots at once; the same from given ones; shot after shot; the same through the KV cache.  "
+    "[default: causal for a context-causal model; for another joint, or conditional with --given]",
 )
 @click.option(
-    "--given", metavar="SHOT=FILE", multiple=True, help="A video or image that is shot SHOT, from 1; can be repeated."
+    "--given",
+    metavar="SHOT=FILE",
+    multiple=True,
+    help="A video or image that is shot SHOT, counted from 1; can be repeated.",
 )
 @click.option("--steps", type=COUNT, default=32, show_default=True, help="Euler steps.")
-@click.option("--guidance", type=float, default=7.5, show_default=True, help="On the texts; 1 is none.")
-@click.option("--negative", default="", help="Negative prompt of the shots.  [default: empty]")
-@click.option("--negative-global", default="", help="Negative global prompt.  [default: empty]")
+@click.option("--guidance", type=FINITE, default=7.5, show_default=True, help="On the texts; 1 is none.")
+@click.option("--negative", metavar="TEXT", default="", help="Negative prompt of the shots.  [default: empty]")
+@click.option("--negative-global", metavar="TEXT", default="", help="Negative global prompt.  [default: empty]")
 @click.option(
     "--t-c",
-    type=Finite(0, 1000),
+    type=LEVEL,
     default=100.0,
     show_default=True,
-    help="Noise level of given and of earlier shots, 0-1000.",
+    help="Noise level of given and of earlier shots, 0 to 1000.",
 )
-@click.option("--window", type=COUNT, default=9, show_default=True, help="Most shots that are seen, shot after shot.")
-@click.option("--size", metavar="FxHxW", help="Frames, height and width.  [default: as the first training shot]")
-@click.option("--fps", type=FPS, help="Of the videos.  [default: as in training]")
+@click.option(
+    "--window",
+    type=COUNT,
+    default=9,
+    show_default=True,
+    help="Shot after shot: most shots that are seen, the current one counted.",
+)
+@click.option(
+    "--size",
+    metavar="FxHxW",
+    help="Frames, height and width of the shots that are generated.  [default: as the first training shot]",
+)
+@click.option("--fps", type=FPS, help="Frames per second of the videos.  [default: as in training]")
+@click.option("--bf16", is_flag=True, help="Run the model under bfloat16 autocast.")
 @device
 @seed
 def command(
@@ -57,16 +90,16 @@ def command(
     out: Path,
     mode: str | None,
     given: tuple[str, ...],
-    steps: int,
     guidance: float,
     negative: str,
     negative_global: str,
-    t_c: float,
     window: int,
     size: str | None,
     fps: float | None,
+    bf16: bool,
     device: torch.device,
     seed: int,
+    **numbers: Any,
 ) -> None:
     """Generate the scene of SCRIPT with CHECKPOINT, a file that lct tune or lct demo wrote.
 
@@ -78,88 +111,82 @@ def command(
       lct generate script.txt runs/tune/bidirectional.pt --given 1=hero.png --given 2=place.mp4
       lct generate script.txt runs/tune/causal.pt --t-c 300
     """
-    from rich.console import Console
-
-    from lct_core import generation
-    from lct_core.cli.progress import Stages
-    from lct_core.cli.sheet import SceneRows, contact_sheet
-    from lct_core.cli.source import make
-    from lct_core.data import VideoScene, write_scene, write_video
-    from lct_core.generation.scene import negative_texts, start_scene
-    from lct_core.script import read_script
-    from lct_core.training import load_checkpoint
-
-    if not isfinite(guidance):
-        raise ValueError(f"--guidance: got {guidance}, expected a finite number; 1 is none")
     read = read_script(script)
+    card, weights, pattern = _load(checkpoint)
+    with (
+        current_folder_on_path(),
+        own_code(card.factory),
+        within_memory(device, fix=_LESS_MEMORY),
+        torch.no_grad(),
+    ):
+        model, codec = _model(card, weights, checkpoint)
+        model.backbone.to(device).eval()
+        clips = _clips(given, shots=len(read.shots), reading=card.reading)
+        mode = _mode(mode, given=clips, pattern=pattern, checkpoint=checkpoint)
+        scene = generation.start_scene(
+            read,
+            codec,
+            _sizes(size, clips, card, codec, shots=len(read.shots)),
+            seed=seed,
+            device=device,
+            dtype=next(model.backbone.parameters()).dtype,
+        )
+        first = len(scene) - len(read.shots)  # a global shot comes before
+        latents = {first + i: codec.encode(clip.frames)[None].to(device) for i, clip in clips.items()}
+        guide = generation.Guidance(
+            scale=guidance, **generation.negative_texts(codec, shot=negative, overall=negative_global)
+        )
+        _claim(out)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            result = _run(
+                mode, model, scene, latents, pattern=pattern, window=window, seed=seed, guidance=guide, **numbers
+            )
+        frames = [codec.decode(z[0].cpu()).float().cpu().clamp(0, 1) for z in result[first:] if z is not None]
+    for i, clip in clips.items():
+        frames[i] = clip.frames
+    _write(out, read, frames, mode=mode, fps=fps or card.fps)
+
+
+def _load(checkpoint: Path) -> tuple[ModelCard, Mapping[str, Tensor], str]:
+    """What a finished stage says of its model, its weights, and the pattern that they were tuned with."""
     saved = load_checkpoint(checkpoint)
     if "model" not in saved:
         raise ValueError(f"{checkpoint}: a stage that is not finished, expected one of the files named like a stage")
-    about = saved["about"]
-    mode = _mode(mode, given=bool(given), pattern=saved["pattern"], checkpoint=checkpoint)
-    model, codec = make(about["source"], scheme=about["scheme"])
+    return ModelCard.from_state(saved.get("about", {}), checkpoint), saved["model"], saved["pattern"]
+
+
+def _model(card: ModelCard, weights: Mapping[str, Tensor], checkpoint: Path) -> tuple[SceneModel, Codec]:
+    """The tuned model, and its codec."""
+    model, codec = card.build()
     try:
-        model.backbone.load_state_dict(saved["model"])
+        model.backbone.load_state_dict(weights)
     except RuntimeError as error:
-        raise ValueError(f"{checkpoint}: its weights are not of {about['source'].get('factory')}: {error}") from error
-    model.backbone.to(device).eval()
-    reading = {name: about[name] for name in ("area", "multiple", "fps", "max_frames")}
-    clips = _given(given, shots=len(read.shots), reading=reading)
-    sizes = [_size(size, about["size"])] * len(read.shots)
-    for i, clip in clips.items():
-        sizes[i] = (clip.shape[1], clip.shape[2], clip.shape[3])
-    for frames, height, width in sizes:
-        try:
-            codec.latent_shape(frames, height, width)
-        except ValueError as error:
-            raise ValueError(f"--size: {error}") from error
-        if frames > 1 and (height % 2 or width % 2):
-            raise ValueError(
-                f"--size: got a video of {height} x {width} pixels, expected even ones, as MP4 files need; choose "
-                "another size, or an even --multiple of lct tune"
-            )
-    scene = start_scene(read, codec, sizes, seed=seed, device=device)
-    first = len(scene) - len(read.shots)  # a global shot comes before
-    latents = {first + i: codec.encode(clip)[None].to(device) for i, clip in clips.items()}
-    shots = len(read.shots) - len(clips)
-    guide = generation.Guidance(
-        scale=guidance,
-        **{
-            name: text.to(device)
-            for name, text in negative_texts(codec, shot=negative, overall=negative_global).items()
-        },
-    )
-    common: dict[str, Any] = {"steps": steps, "guidance": guide}
-    out.mkdir(parents=True, exist_ok=True)
-    if (out / "script.txt").exists() or any(out.glob("shot_*")):
-        raise FileExistsError(f"{out}: already holds a scene, so it is left alone; choose another --out")
+        raise ValueError(f"{checkpoint}: its weights are not of {card.name}: {error}") from error
+    return model, codec
 
-    console = Console(highlight=False)
-    loops = 1 if mode in ("joint", "conditional") else shots
-    with Stages(console) as progress, progress(f"generate, {mode}", loops * steps) as advance:
-        common["callback"] = lambda _: advance()
-        if mode == "causal":
-            result = generation.causal(model, scene, latents, t_c=t_c, history=generation.recent(window), **common)
-        elif mode == "autoregressive":
-            result = generation.autoregressive(
-                model, scene, latents, t_c=t_c, history=generation.recent(window), pattern=saved["pattern"], **common
-            )
+
+def _clips(given: Sequence[str], *, shots: int, reading: Mapping[str, Any]) -> dict[int, _Given]:
+    """The given shots by their place in the script, counting from 0."""
+    clips: dict[int, _Given] = {}
+    for option in given:
+        match = re.fullmatch(r"([0-9]+)=(.+)", option)
+        if not match or not 1 <= int(match[1]) <= shots:
+            raise ValueError(f"--given: got {option!r}, expected SHOT=FILE with a shot from 1 to {shots}")
+        i, file = int(match[1]) - 1, Path(match[2])
+        if i in clips:
+            raise ValueError(f"--given: got shot {i + 1} twice, expected each once")
+        if is_video(file):
+            frames = read_video(file, **reading)
         else:
-            result = generation.conditional(model, scene, latents, t_c=t_c, pattern=saved["pattern"], **common)
-    decoded = [codec.decode(z[0].cpu()) for z in result if z is not None]
-    for i, clip in clips.items():
-        decoded[i] = clip
-    fps = fps or about["fps"]
-    write_scene(out, VideoScene(script=read, shots=tuple(decoded)), fps=fps)
-    written = [out / "contact_sheet.png"]
-    contact_sheet(written[0], [SceneRows([shot.text for shot in read.shots], {mode: decoded})])
-    if len({clip.shape[2:] for clip in decoded}) == 1 and not any(n % 2 for n in decoded[0].shape[2:]):
-        written.append(out / "scene.mp4")
-        write_video(written[1], torch.cat(decoded, dim=1), fps=fps)
-    console.print("\n".join(map(str, (out, *written))), soft_wrap=True, markup=False)
+            frames = read_image(file, area=reading["area"], multiple=reading["multiple"])
+        clips[i] = _Given(file, frames)
+    if len(clips) == shots:
+        raise ValueError(f"--given: all {shots} shots are given, expected at least one left to generate")
+    return clips
 
 
-def _mode(mode: str | None, *, given: bool, pattern: str, checkpoint: Path) -> str:
+def _mode(mode: str | None, *, given: Mapping[int, _Given], pattern: str, checkpoint: Path) -> str:
+    """The mode that was asked for, or the default; refused where it does not fit the model or the given shots."""
     causal = pattern == "context_causal"
     mode = mode or ("causal" if causal else "conditional" if given else "joint")
     if mode == "causal" and not causal:
@@ -171,31 +198,32 @@ def _mode(mode: str | None, *, given: bool, pattern: str, checkpoint: Path) -> s
         raise ValueError("--mode: got conditional without a given shot; add --given SHOT=FILE, or use --mode joint")
     if mode == "joint" and given:
         raise ValueError("--mode: got joint with a given shot, expected conditional, autoregressive or causal")
+    in_order = causal or mode == "autoregressive"
+    if in_order and (late := [i for i in given if i >= len(given)]):
+        before = next(i for i in range(len(given)) if i not in given)
+        instead = "a model of bidirectional attention" if causal else "--mode conditional"
+        raise ValueError(
+            f"--given: got shot {late[0] + 1} without shot {before + 1}, which would be generated without seeing it; "
+            f"give the first shots, or use {instead}"
+        )
     return mode
 
 
-def _given(given: Sequence[str], *, shots: int, reading: dict[str, Any]) -> dict[int, Tensor]:
-    """The given shots' frames, by their place in the script counting from 0."""
-    from lct_core.data import read_image, read_video
-
-    clips: dict[int, Tensor] = {}
-    for option in given:
-        match = re.fullmatch(r"([0-9]+)=(.+)", option)
-        if not match or not 1 <= int(match[1]) <= shots:
-            raise ValueError(f"--given: got {option!r}, expected SHOT=FILE with a shot from 1 to {shots}")
-        i, path = int(match[1]) - 1, Path(match[2])
-        if i in clips:
-            raise ValueError(f"--given: got shot {i + 1} twice, expected each once")
-        if path.suffix.lower() in _VIDEOS:
-            clips[i] = read_video(path, **reading)
-        else:
-            clips[i] = read_image(path, area=reading["area"], multiple=reading["multiple"])
-    if len(clips) == shots:
-        raise ValueError(f"--given: all {shots} shots are given, expected at least one left to generate")
-    return clips
+def _sizes(size: str | None, given: Mapping[int, _Given], card: ModelCard, codec: Codec, *, shots: int) -> list[Size]:
+    """Frames, height and width of every shot; refused where the codec cannot take them, or no file can hold them."""
+    sizes = [_size(size, card.size)] * shots
+    for i in range(shots):
+        option, fix = "--size", "choose another size"
+        if i in given:
+            frames, height, width = given[i].frames.shape[1:]
+            sizes[i] = frames, height, width
+            option = f"--given: {given[i].file}, of {frames} x {height} x {width} as it is read"
+            fix = "crop or scale the file"
+        _check_size(sizes[i], card, codec, option=option, fix=fix)
+    return sizes
 
 
-def _size(size: str | None, default: Sequence[int]) -> tuple[int, int, int]:
+def _size(size: str | None, default: Sequence[int]) -> Size:
     if size is None:
         frames, height, width = default
         return frames, height, width
@@ -203,3 +231,68 @@ def _size(size: str | None, default: Sequence[int]) -> tuple[int, int, int]:
     if not match:
         raise ValueError(f"--size: got {size!r}, expected frames, height and width, like 4x64x64")
     return int(match[1]), int(match[2]), int(match[3])
+
+
+def _check_size(size: Size, card: ModelCard, codec: Codec, *, option: str, fix: str) -> None:
+    try:
+        codec.latent_shape(*size)
+    except ValueError as error:
+        raise ValueError(f"{option}: {error}") from error
+    frames, height, width = size
+    if frames > 1 and (height % 2 or width % 2):
+        raise ValueError(
+            f"{option}: got a video of {height} x {width} pixels, expected even ones, as MP4 files need; {fix}, for "
+            f"example to multiples of {lcm(2, card.multiple)}"
+        )
+
+
+def _claim(out: Path) -> None:
+    """Make the folder, before hours are spent on what goes there."""
+    out.mkdir(parents=True, exist_ok=True)
+    if (out / "script.txt").exists() or any(out.glob("shot_*")):
+        raise FileExistsError(f"{out}: already holds a scene, so it is left alone; choose another --out")
+
+
+def _run(
+    mode: str,
+    model: SceneModel,
+    scene: Sequence[ShotInput],
+    given: Mapping[int, Tensor],
+    *,
+    pattern: str,
+    window: int,
+    seed: int,
+    steps: int,
+    **numbers: Any,
+) -> list[Tensor | None]:
+    """The latents of every shot."""
+    from rich.console import Console
+
+    from lct_core.cli.progress import Stages
+
+    shots = sum(shot.role != "global" for shot in scene) - len(given)
+    loops = 1 if mode in ("joint", "conditional") else shots
+    with Stages(Console(highlight=False)) as progress, progress(f"generate, {mode}", loops * steps) as advance:
+        common = {"steps": steps, "callback": lambda _: advance(), **numbers}
+        if mode == "causal":
+            return generation.causal(model, scene, given, history=generation.recent(window), seed=seed, **common)
+        common["pattern"] = pattern
+        if mode == "autoregressive":
+            return generation.autoregressive(
+                model, scene, given, history=generation.recent(window), seed=seed, **common
+            )
+        return generation.conditional(model, scene, given, **common)
+
+
+def _write(out: Path, script: Script, frames: Sequence[Tensor], *, mode: str, fps: float) -> None:
+    """Write a scene folder, a contact sheet and, where all shots are of one size, one video; say where they are."""
+    from lct_core.cli.sheet import SceneRows, contact_sheet
+
+    write_scene(out, VideoScene(script=script, shots=tuple(frames)), fps=fps)
+    written = [out, out / "contact_sheet.png"]
+    contact_sheet(written[1], [SceneRows([shot.text for shot in script.shots], {mode: frames})])
+    height, width = frames[0].shape[2:]
+    if all(clip.shape[2:] == (height, width) for clip in frames) and not (height % 2 or width % 2):
+        written.append(out / "scene.mp4")
+        write_video(written[2], torch.cat([*frames], dim=1), fps=fps)
+    click.echo("\n".join(map(str, written)))

@@ -1,6 +1,7 @@
 """Options that several commands share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from math import isfinite
 from typing import Any
 
@@ -10,23 +11,34 @@ import torch
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
-class Finite(click.FloatRange):
-    """A range of numbers without NaN, which click's own takes, and without infinity."""
+class Number(click.ParamType):
+    """A finite number of another type, of whose range the help says nothing: the bounds only keep nonsense out."""
+
+    def __init__(self, within: click.ParamType) -> None:
+        self._within = within
+        self.name = within.name.removesuffix(" range")
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """The number; click's usage error for another."""
-        number = super().convert(value, param, ctx)
+        """The number; click's usage error for another, for NaN, which click's own ranges take, and for infinity."""
+        number = self._within.convert(value, param, ctx)
         if not isfinite(number):
             self.fail(f"{value!r} is not a finite number.", param, ctx)
         return number
 
 
-COUNT = click.IntRange(1, 10**9)
-POSITIVE = Finite(min=0, min_open=True)
-FPS = Finite(0.01, 1000)
+COUNT = Number(click.IntRange(1, 10**9))
+COUNT_OR_NONE = Number(click.IntRange(0, 10**9))
+FINITE = Number(click.FLOAT)
+POSITIVE = Number(click.FloatRange(min=0, min_open=True))
+FPS = Number(click.FloatRange(0.01, 1000))
+LEVEL = Number(click.FloatRange(0, 1000))
 
 seed = click.option(
-    "--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of all randomness."
+    "--seed",
+    type=Number(click.IntRange(0, 2**63 - 1)),
+    default=0,
+    show_default=True,
+    help="Of all randomness.",
 )
 
 
@@ -41,6 +53,26 @@ def _device(ctx: click.Context, option: click.Parameter, value: str) -> torch.de
 device = click.option(
     "--device", default="cpu", show_default=True, callback=_device, help="Where the model runs: cpu, cuda, cuda:1, ..."
 )
+
+
+@contextmanager
+def within_memory(device: torch.device, *, fix: str) -> Iterator[None]:
+    """Where memory runs out inside the ``with``, say so in one line.
+
+    Args:
+        device: Where the work runs.
+        fix: What to do about it.
+
+    Raises:
+        ValueError: instead of torch's error, which has a class of its own on a GPU, and words of its own on the CPU.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not (isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)):
+            raise
+        said = ". ".join(str(error).split(". ")[:2]).rstrip(".")  # what follows is about torch's allocator
+        raise ValueError(f"--device: {device} is out of memory; {fix} ({said})") from error
 
 
 def heads(function: Callable[..., Any]) -> Callable[..., Any]:

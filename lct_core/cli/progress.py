@@ -42,6 +42,10 @@ class Stages:
         yield advance
         advance(completed=steps)
 
+    def say(self, line: str) -> None:
+        """Print a line above the bars, as it is."""
+        self._console.print(line, soft_wrap=True, markup=False)
+
     def open(self, name: str, steps: int) -> Callable[..., None]:
         """A stage that begins now.
 
@@ -60,6 +64,6 @@ class Stages:
             quarter = steps >= 1000 and done * 4 // steps > before * 4 // steps
             if not self._console.is_terminal and done > before and (done == steps or quarter):
                 line = f"{name}: {done} of {steps}, {perf_counter() - started:.0f} s"
-                self._console.print(f"{line}, {note}" if note else line, soft_wrap=True, markup=False)
+                self.say(f"{line}, {note}" if note else line)
 
         return advance

@@ -129,11 +129,16 @@ def read_scene(
     shots: list[Tensor] = []
     for number, path in enumerate(_shot_files(folder, len(script.shots)), start=1):
         with _about(number, folder):
-            if path.suffix[1:].lower() in _IMAGES:
-                shots.append(read_image(path, area=area, multiple=multiple))
-            else:
+            if is_video(path):
                 shots.append(read_video(path, area=area, multiple=multiple, fps=fps, max_frames=max_frames))
+            else:
+                shots.append(read_image(path, area=area, multiple=multiple))
     return VideoScene(script=script, shots=tuple(shots), name=_name(folder))
+
+
+def is_video(path: str | Path) -> bool:
+    """Whether a file is named like a video, and not like an image."""
+    return Path(path).suffix[1:].lower() in _VIDEOS
 
 
 def scene_folders(root: str | Path) -> list[Path]:

@@ -64,14 +64,23 @@ def causal(
     shots = [i for i, shot in enumerate(scene) if shot.role != "global"]
     everywhere = [i for i, shot in enumerate(scene) if shot.role == "global"]
 
-    def run(i: int, latents: list[Latents], level: float) -> list[Latents]:
+    def run(i: int, latents: list[Latents], level: float, *, active: Sequence[int] = (0,)) -> list[Latents]:
         """One pass of shot i in every branch, behind the history."""
         alone = [[branch[i]] for branch in texts]
-        return predict(model, alone, guidance, {0: latents[0]}, [level], [0], pattern="context_causal", caches=caches)
+        return predict(
+            model,
+            alone,
+            guidance,
+            {0: latents[0]},
+            [level],
+            active,
+            pattern="context_causal",
+            caches=caches,
+        )
 
     def keep(i: int, latents: Latents, level: float) -> None:
-        """Write shot i behind the history, in a pass of its own."""
-        run(i, [latents], level)
+        """Write shot i behind the history, in a pass of its own whose prediction nobody needs."""
+        run(i, [latents], level, active=())
         for cache in caches:
             cache.append(i)
 

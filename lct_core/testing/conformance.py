@@ -252,8 +252,10 @@ class _Case:
             order = torch.cat([t, levels], dim=1)[:, [0, 4, 3, 2, 5, 1]]
             one_by_one = self.model(together, order, pattern=pattern)
             self.model.batch_shots = True
-            batched = self.model(together, order, pattern=pattern)
-            self.model.batch_shots = False
+            try:
+                batched = self.model(together, order, pattern=pattern)
+            finally:
+                self.model.batch_shots = False
             name = "shots of equal shape run as a batch equal shots run one by one"
             own = self._own_error(pattern)
             yield self._finding(5, name, "batched", _flat(batched), _flat(one_by_one), pattern, own=own)

@@ -114,7 +114,7 @@ def train(
     backbone, stage = training.model.backbone, training.stage
     stop = stage.steps if steps is None else min(stage.steps, training.step + steps)
     device = next(backbone.parameters()).device
-    was_training = backbone.training
+    modes = [(module, module.training) for module in backbone.modules()]
     backbone.train()
     try:
         while training.step < stop:
@@ -126,7 +126,8 @@ def train(
             if on_step is not None:
                 on_step(report)
     finally:
-        backbone.train(was_training)
+        for module, mode in modes:
+            module.training = mode
 
 
 def _step(training: Training, row: Row, device: torch.device) -> Report:
