@@ -31,7 +31,7 @@ INVARIANTS = {
         "several shots behind a history",
         "cached behind a global shot equals uncached",
     },
-    5: {"packing changes no scene"},
+    5: {"packing changes no scene", "shots of equal shape run as a batch equal shots run one by one"},
     6: {"gradients with checkpointing equal those without"},
     7: {"moving a whole scene changes nothing", "moving a cached history and what follows changes nothing"},
     8: {"weights that change are the weights that run"} | {f"{copy} {does}" for copy in COPIES

@@ -1,3 +1,4 @@
+import math
 import subprocess
 import sys
 
@@ -8,7 +9,8 @@ from hypothesis import strategies as st
 
 import lct_core as lct
 from lct_backbones.mmdit import PAPER_3B, MMDiT, MMDiTBackbone, tiny
-from lct_core import Shot, ShotInput
+from lct_core import Shot, ShotInput, retrofit
+from lct_core.testing.conformance import conformance
 from lct_core.testing.strategies import shots
 from lct_core.testing.tolerances import BOUNDS, error
 
@@ -317,3 +319,119 @@ def test_the_adapter_acts_on_every_token_by_itself(which):
             results.append(adapter.head(s))
     changed = (results[0] != results[1]).flatten(2).any(-1).any(0).nonzero().flatten().tolist()
     assert changed == [5 if which == "head" else 8]
+
+
+# The embedding of places.
+
+
+def placed():
+    """The tiny model with the embedding."""
+    model = make(depth=3, position_embedding=True)
+    model.load_state_dict(tiny().state_dict())
+    return model
+
+
+def embedding(grid, width, theta=10_000.0):
+    """By definition: of every axis cosines, then of every axis sines, of a third of the width each; frames the rest."""
+    side = 2 * (width // 6)
+    rows = []
+    for cell in ((f, y, x) for f in range(grid[0]) for y in range(grid[1]) for x in range(grid[2])):
+        angles = [
+            place * theta ** (-2 * i / channels)
+            for place, channels in zip(cell, (width - 2 * side, side, side), strict=True)
+            for i in range(channels // 2)
+        ]
+        rows.append([f(a) for f in (math.cos, math.sin) for a in angles])
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("width", [48, 40, 24, 20])
+@pytest.mark.parametrize("theta", [10_000.0, 100.0])
+@torch.no_grad()
+def test_the_embedding_of_places_is_its_definition(width, theta):
+    options = {"width": width, "heads": 2, "patch": (1, 2, 1), "theta": theta}
+    plain, model = make(**options), make(position_embedding=True, **options)
+    latents, t, text = draw(model, Shot(3, (3, 2, 4)))
+    (words, video, condition), (same_words, without, same_condition) = (
+        m.double().embed(latents.double(), t.double(), text.double()) for m in (model, plain)
+    )
+    expected = embedding((3, 2, 4), width, theta)
+    assert torch.equal(words, same_words)
+    assert torch.equal(condition, same_condition)
+    torch.testing.assert_close(video - without, expected.expand(2, -1, -1), rtol=0, atol=1e-14)
+    assert len(expected.unique(dim=0)) == 24  # every place has another
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_the_embedding_is_rounded_once_and_keeps_the_dtype(dtype):
+    model = placed().to(dtype)
+    model.video_in.weight.zero_()
+    model.video_in.bias.zero_()
+    latents, t, text = draw(model, Shot(3, (3, 2, 4)), dtype=dtype)
+    _, video, _ = model.embed(latents, t, text)
+    assert torch.equal(video, embedding((3, 2, 4), 48).to(dtype).expand(2, -1, -1))
+    assert model(latents, t, text).dtype == dtype
+
+
+def test_the_embedding_adds_no_weight_and_is_left_out_by_default():
+    plain, model = tiny(), placed()
+    assert list(model.state_dict()) == list(plain.state_dict())
+    assert [(n, p.shape) for n, p in model.named_parameters()] == [(n, p.shape) for n, p in plain.named_parameters()]
+    assert [*model.named_buffers()] == []
+    assert not plain.position_embedding
+    inputs = draw(plain, Shot(3, (2, 2, 2)))
+    with torch.no_grad():
+        assert error(model(*inputs), plain(*inputs)) > 1e-3
+
+
+@torch.no_grad()
+def test_with_the_embedding_a_model_knows_where_it_is():
+    """A still, flat picture gives one token everywhere; with RoPE alone, attention can't tell the places apart."""
+    generator = torch.Generator().manual_seed(0)
+    for model, knows in ((tiny(), False), (placed(), True)):
+        _, t, text = draw(model, Shot(3, (3, 2, 2)))
+        colour = torch.randn(2, 4, 1, 1, 1, generator=generator).expand(2, 4, 3, 4, 4)
+        tokens = model.embed(colour, t, text)[1]
+        assert (error(tokens, tokens[:, :1].expand_as(tokens)) > 1e-3) == knows
+
+
+@pytest.mark.parametrize("axis", [2, 3, 4])
+@torch.no_grad()
+def test_moving_content_changes_more_than_its_place(axis):
+    """On every axis; without attention, so that RoPE has no part in it, a plain model only moves its output."""
+    for model, moves_alone in ((tiny(), True), (placed(), False)):
+        for block in model.blocks:
+            block.video.proj.weight.zero_()
+            block.video.proj.bias.zero_()
+        latents, t, text = draw(model, Shot(3, (3, 3, 3)))
+        by = model.patch[axis - 2]
+        moved = model(latents.roll(by, dims=axis), t, text).roll(-by, dims=axis)
+        difference = error(moved, model(latents, t, text))
+        assert difference <= FLOAT32["definition"].absolute if moves_alone else difference > 1e-3
+
+
+@given(shot=shots(max_grid=(3, 3, 3)))
+@torch.no_grad()
+def test_a_scene_of_one_shot_is_the_model_with_the_embedding_to_the_last_bit(shot):
+    base, model = placed(), retrofit(placed())
+    latents, t, text = draw(base, shot)
+    (out,) = model([ShotInput(latents=latents, text=text)], t[:, None] / 1000)
+    assert torch.equal(out, base(latents, 1000 * (t[:, None] / 1000)[:, 0], text))
+
+
+@torch.no_grad()
+def test_every_shot_of_a_scene_counts_its_places_from_its_own_start():
+    """Two shots of one content that see only themselves are the same, wherever they stand."""
+    model = retrofit(placed())
+    latents, _, text = draw(model.backbone, Shot(3, (2, 2, 2)))
+    shot = ShotInput(latents=latents, text=text)
+    first, second, third = model([shot] * 3, torch.full((3,), 0.5), pattern="own_shot")
+    assert error(second, first) <= FLOAT32["shifted"].absolute
+    assert error(third, first) <= FLOAT32["shifted"].absolute
+
+
+def test_a_model_with_the_embedding_conforms():
+    findings = list(conformance(placed, schemes=["anchored"], dtypes=[torch.float32]))
+    assert {finding.invariant for finding in findings} == set(range(1, 10))
+    assert not [finding for finding in findings if not finding.holds]

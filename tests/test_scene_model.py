@@ -774,12 +774,159 @@ def test_a_hook_added_after_the_retrofit_stays():
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
+# Shots of equal shape as a batch.
+
+TWINS = Layout(
+    [
+        [
+            Shot(4, (1, 2, 2), role="global"),
+            Shot(4, (1, 2, 2)),  # as long as its global shot
+            Shot(2, (2, 2, 3)),
+            Shot(4, (2, 1, 2)),  # as many tokens on another grid
+            Shot(2, (2, 2, 3)),
+        ],
+        [Shot(2, (2, 2, 3)), Shot(8, (2, 2, 3)), Shot(3, (1, 1, 1))],
+        [Shot(4, (1, 1, 2), role="global"), Shot(4, (1, 1, 2)), Shot(2, (3, 2, 2))],
+    ]
+)
+UNEQUAL = Layout([[Shot(2, (1, 2, 2)), Shot(3, (1, 2, 2))], [Shot(2, (2, 1, 1)), Shot(1, (1, 1, 1))]])
+
+
+def alike(layout):
+    """Shots with as many text and video tokens, by their indices in the row."""
+    groups = {}
+    for i, shot in enumerate(layout.shots):
+        groups.setdefault((shot.text, shot.video), []).append(i)
+    return list(groups.values())
+
+
+def both_ways(make, **options):
+    """The same model twice: its shots one by one, and in batches."""
+    return [
+        retrofit(adapter.model, backbone=adapter, batch_shots=batched, **options)
+        for adapter, batched in ((make(), False), (make(), True))
+    ]
+
+
+@ADAPTERS
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("pattern", PATTERNS)
+@torch.no_grad()
+def test_a_batch_of_shots_equals_them_one_by_one(make, scheme, pattern):
+    one_by_one, batched = both_ways(make, scheme=scheme)
+    t, scenes = random_levels(TWINS, batch=2), draw(batched.adapter, TWINS, batch=2)
+    got, expected = (model(scenes, t, pattern=pattern) for model in (batched, one_by_one))
+    assert [len(outs) for outs in got] == [len(outs) for outs in expected] == [5, 3, 3]
+    assert worst(flat(got), flat(expected)) <= FLOAT32["batched"].absolute
+    for shot, out in zip(flat(scenes), flat(got), strict=True):
+        assert out is None if shot.role == "global" else out.shape == shot.latents.shape
+
+
+@given(data=st.data(), layout=small(), pattern=st.sampled_from(PATTERNS))
+@torch.no_grad()
+def test_any_row_in_batches_equals_it_one_by_one(model, data, layout, pattern):
+    batched = retrofit(model.backbone, scheme=model.scheme, batch_shots=True)
+    t, scenes = data.draw(levels(layout)), draw(model.adapter, layout)
+    got, expected = (flat(m(scenes, t, pattern=pattern)) for m in (batched, model))
+    if all(out is None for out in expected):
+        return
+    assert worst(got, expected) <= FLOAT32["batched"].absolute
+    if len(alike(layout)) == layout.num_shots:
+        assert worst(got, expected) == 0
+
+
+@ADAPTERS
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_of_a_batch_of_shots(make, checkpointing):
+    one_by_one, batched = both_ways(make)
+    batched.gradient_checkpointing = checkpointing
+    t, scenes = random_levels(TWINS, batch=2), draw(batched.adapter, TWINS, batch=2)
+    expected, got = (gradients(model, scenes, t, "context_causal") for model in (one_by_one, batched))
+    assert got.keys() == expected.keys()
+    together = [torch.cat([gradient.flatten() for gradient in of.values()]) for of in (got, expected)]
+    assert error(*together) <= FLOAT32["batched"].absolute  # alone, those that should be 0 have no size to compare to
+
+
+@ADAPTERS
+@pytest.mark.parametrize("sizes", [[1, 1, 1, 1, 1], [2, 3], [1, 4], [3, 1, 1]])
+@torch.no_grad()
+def test_a_batch_of_shots_with_a_cache(make, sizes):
+    """Equal shots in one call or in several, the same is written into the cache and read from it."""
+    one_by_one, batched = both_ways(make)
+    layout = Layout(TWINS.scenes[:1])
+    t, (scene,) = random_levels(layout, batch=2), with_zeros(draw(batched.adapter, layout, batch=2))
+    full = one_by_one(scene, t, pattern="context_causal")
+    caches = KVCache(), KVCache()
+    expected, got = (
+        shot_by_shot(model, scene, t, cache=cache, sizes=sizes)
+        for model, cache in zip((one_by_one, batched), caches, strict=True)
+    )
+    assert worst(got, expected) <= FLOAT32["batched"].absolute
+    assert worst(got, full) <= FLOAT32["batched"].absolute
+    assert caches[0].nbytes == caches[1].nbytes
+    assert [entry.origin for entry in caches[0].shots] == [entry.origin for entry in caches[1].shots]
+
+
+@ADAPTERS
+@torch.no_grad()
+def test_one_shot_is_the_base_model_to_the_last_bit_also_with_batches(make):
+    base, (_, model) = make(), both_ways(make)
+    for shot in (Shot(3, (2, 2, 3)), Shot(1, (1, 1, 1))):
+        t, (scene,) = torch.tensor([0.3]), draw(base, Layout([[shot]]), batch=2)
+        expected = base.single_shot(scene[0], base.traits.timestep(t).expand(2))
+        assert torch.equal(model(scene, t)[0], expected)
+        assert torch.equal(model([scene], t)[0][0], expected)
+
+
+@ADAPTERS
+@torch.no_grad()
+def test_shots_that_are_not_alike_run_one_by_one_to_the_last_bit(make):
+    one_by_one, batched = both_ways(make)
+    t, scenes = random_levels(UNEQUAL, batch=2), draw(batched.adapter, UNEQUAL, batch=2)
+    got, expected = (flat(model(scenes, t)) for model in (batched, one_by_one))
+    assert worst(got, expected) == 0
+
+
+@ADAPTERS
+@pytest.mark.parametrize("layout", [TWINS, UNEQUAL, Layout(TWINS.scenes[1:2])])
+@torch.no_grad()
+def test_a_block_is_run_once_for_all_shots_that_are_alike(make, layout):
+    def watched(calls, name, run):
+        def call(block, site, state, *rest):
+            calls.append((name, block, site.name, len(next(iter(state.streams.values())))))
+            return run(block, site, state, *rest)
+
+        return call
+
+    for model in both_ways(make):
+        calls, adapter = [], model.adapter
+        for name in ("qkv", "finish"):
+            setattr(adapter, name, watched(calls, name, getattr(adapter, name)))
+        model(draw(adapter, layout, batch=2), random_levels(layout, batch=2))
+        groups = alike(layout) if model.batch_shots else [[i] for i in range(layout.num_shots)]
+        assert calls == [
+            (name, block, site.name, 2 * len(group))
+            for block in adapter.blocks
+            for site in adapter.sites(block)
+            for name in ("qkv", "finish")
+            for group in groups
+        ]
+    assert len(alike(TWINS)) == 5
+    assert len(alike(UNEQUAL)) == UNEQUAL.num_shots
+
+
+def test_shots_run_one_by_one_by_default():
+    assert not retrofit(tiny()).batch_shots
+
+
 # Training.
 
 
-def gradients(model, scene, t, pattern):
+def gradients(model, scenes, t, pattern):
     model.backbone.zero_grad()
-    sum(out.square().mean() for out in model(scene, t, pattern=pattern) if out is not None).backward()
+    outs = model(scenes, t, pattern=pattern)
+    outs = flat(outs) if isinstance(outs[0], list) else outs
+    sum(out.square().mean() for out in outs if out is not None).backward()
     return {name: p.grad for name, p in model.backbone.named_parameters()}
 
 

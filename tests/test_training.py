@@ -19,6 +19,7 @@ from lct_core.backbone import collate_shots
 from lct_core.codec import LinearCodec
 from lct_core.data import VideoScene
 from lct_core.demo.world import PROMPT_LENGTH, VOCABULARY, render, sample_scene
+from lct_core.noise import shot_noise
 from lct_core.plugins import registry
 from lct_core.script import SHOT_CUT, Script, ScriptShot
 from lct_core.testing.tolerances import BOUNDS, error
@@ -43,6 +44,7 @@ from lct_core.training import (
     train,
     tune,
 )
+from lct_core.training.run import check_folder
 
 FLOAT32 = BOUNDS[torch.float32]
 
@@ -320,6 +322,120 @@ def test_noise_is_fresh_for_every_shot_and_none_for_a_global_one():
     assert abs(values.square().mean().item() - 1) <= 5 * sqrt(2 / len(values))
 
 
+FIXED = replace(MANY, scene_batch=40, single_frame=0.0)  # no shot loses its size
+
+
+def both_kinds(data, codec, *, seed=0):
+    """Scenes and single shots, each from a generator of its own."""
+    return [
+        *scene_examples(FIXED, data, codec, generator=generator(seed)),
+        *single_shots(data, codec, count=40, generator=generator(seed + 1)),
+    ]
+
+
+def test_noise_is_keyed_by_the_example_and_the_shots_place_in_it(monkeypatch):
+    """One key an example, drawn from the generator; the global shot has a place too."""
+    keys = []
+
+    def watched(shape, *, seed, **key):
+        keys.append(seed)
+        return shot_noise(shape, seed=seed, **key)
+
+    monkeypatch.setattr("lct_core.training.examples.shot_noise", watched)
+    examples = both_kinds(DATA, Plain())
+    monkeypatch.undo()
+    assert same([e.noise for e in examples], [e.noise for e in both_kinds(DATA, Plain())])
+    left, of = iter(keys), []
+    for example in examples:
+        mine = {next(left) for _ in shots_of(example)}
+        assert len(mine) == 1
+        of.extend(mine)
+        expected = [
+            None if shot.role == "global" else shot_noise(shot.latents.shape, seed=of[-1], step=0, scene=0, shot=i)
+            for i, shot in enumerate(example.shots)
+        ]
+        assert same(example.noise, expected)
+    assert next(left, None) is None
+    assert len(set(of)) == len(examples)
+    assert {eps is None for example in examples for eps in example.noise} == {True, False}
+
+
+def test_the_noise_of_a_shot_does_not_depend_on_the_sizes_of_others():
+    def resized(scene, changed):
+        shots = tuple(torch.cat([clip, clip], dim=1) if i in changed else clip for i, clip in enumerate(scene.shots))
+        return replace(scene, shots=shots)
+
+    first = both_kinds(DATA, Plain())
+    other = both_kinds([resized(scene, {0, 2}) for scene in DATA], Plain())
+    compared = 0
+    for a, b in zip(first, other, strict=True):
+        assert places(a) == places(b)
+        for place, x, y in zip(places(a), noise_of(a), noise_of(b), strict=True):
+            if place in (0, 2):
+                assert y.shape[2] == 2 * x.shape[2]
+            else:
+                assert torch.equal(x, y)
+                compared += len(places(a)) > 1
+    assert compared > 20
+
+
+def noise_of(example):
+    return [eps for eps in example.noise if eps is not None]
+
+
+class Rounding(Plain):
+    """A codec in another precision."""
+
+    def __init__(self, dtype):
+        self.dtype = dtype
+
+    def encode(self, frames):
+        return frames.to(self.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_latents_and_noise_are_float32_whatever_the_codec_returns(dtype):
+    examples, plain = both_kinds(DATA, Rounding(dtype)), both_kinds(DATA, Plain())
+    for example, exact in zip(examples, plain, strict=True):
+        assert {eps.dtype for eps in noise_of(example)} == {torch.float32}
+        assert same(example.noise, exact.noise)  # and no draw is another
+        for shot, other in zip(shots_of(example), shots_of(exact), strict=True):
+            assert shot.latents.dtype == torch.float32
+            assert torch.equal(shot.latents, other.latents.to(dtype).float())
+    for step in (0, 1):
+        row = sample_row(FIXED, step, DATA, Rounding(dtype), seed=0)
+        assert {shot.latents.dtype for scene in row.scenes for shot in scene if shot.role == "shot"} == {torch.float32}
+
+
+class Learned(torch.nn.Module):
+    """A codec with weights of its own, that take gradients."""
+
+    def __init__(self, codec):
+        super().__init__()
+        self.codec = codec
+        self.of_pictures, self.of_text = (torch.nn.Parameter(torch.tensor(1.0)) for _ in range(2))
+        self.grad_modes = set()
+
+    def encode(self, frames):
+        self.grad_modes.add(torch.is_grad_enabled())
+        return self.of_pictures * self.codec.encode(frames)
+
+    def text(self, prompt):
+        self.grad_modes.add(torch.is_grad_enabled())
+        return self.of_text * self.codec.text(prompt)
+
+
+def test_no_gradient_is_recorded_in_the_codec():
+    codec = Learned(Plain())
+    examples = both_kinds(DATA, codec)
+    rows = [sample_row(FIXED, step, DATA, codec, seed=0) for step in (0, 1)]
+    shots = [*chain(*(e.shots for e in examples)), *chain(*(scene for row in rows for scene in row.scenes))]
+    assert not any(shot.text.requires_grad for shot in shots)
+    assert not any(shot.latents.requires_grad for shot in shots if shot.latents is not None)
+    assert codec.grad_modes == {False}
+    assert torch.is_grad_enabled()  # outside
+
+
 def tensors(row):
     """All that a row holds, in order, with its nesting."""
     return [
@@ -588,6 +704,11 @@ def test_shots_that_do_not_fit_in_a_batch(changes, message):
     shots = ShotInput(**GIVEN), ShotInput(**GIVEN | changes)
     with pytest.raises(ValueError, match=message):
         collate_shots(shots)
+
+
+def test_no_shot_makes_no_batch():
+    with pytest.raises(ValueError, match=r"^shots: got none, expected at least one$"):
+        collate_shots([])
 
 
 def test_extras_that_do_not_fit_in_a_batch():
@@ -870,6 +991,9 @@ def test_bf16_runs_the_model_in_bfloat16_and_keeps_everything_in_float32():
     assert losses[0] == pytest.approx(expected[0], rel=2**-6)
 
 
+NOT_FINITE = r"^first, step 3: the loss is (nan|inf), the norm of its gradient nan; lower learning_rate=0.0075, or look"
+
+
 def test_a_loss_that_is_not_finite_is_said_before_it_spoils_anything():
     training = Training(make(), STAGE)
     train(training, *world(), seed=0, steps=2)
@@ -877,11 +1001,186 @@ def test_a_loss_that_is_not_finite_is_said_before_it_spoils_anything():
         training.model.backbone.video_out.bias[0] = INF
     state = deepcopy(training.state_dict())
     state["optimizer"].pop("param_groups")  # the rate is that of the step that failed
-    with pytest.raises(ValueError, match=r"^first, step 3: the loss is (nan|inf); lower learning_rate=0.0075, or look"):
+    with pytest.raises(ValueError, match=NOT_FINITE):
         train(training, *world(), seed=0)
     after = training.state_dict()
     after["optimizer"].pop("param_groups")
     assert same(after, state)
+
+
+def spoil_gradients(model, *, after, factor):
+    """From some step on, the gradient of one weight is not finite; the loss is."""
+    steps = []
+
+    def spoilt(gradient):
+        steps.append(1)
+        return gradient * factor if len(steps) > after else gradient
+
+    return model.backbone.video_out.bias.register_hook(spoilt)
+
+
+@pytest.mark.parametrize("factor", [INF, NAN])
+def test_a_gradient_that_is_not_finite_is_said_before_it_spoils_anything(factor):
+    training, states = Training(make(), STAGE), []
+    spoil_gradients(training.model, after=2, factor=factor)
+
+    def state():
+        found = deepcopy(training.state_dict())
+        found["optimizer"].pop("param_groups")
+        return found
+
+    message = r"^first, step 3: the loss is [\d.]+, the norm of its gradient (nan|inf); lower learning_rate=0.0075, or"
+    with pytest.raises(ValueError, match=message):
+        train(training, *world(), seed=0, on_step=lambda report: states.append(state()))
+    assert len(states) == 2
+    assert same(state(), states[-1])
+
+
+class StoppedError(Exception):
+    pass
+
+
+# The mode of the model, and what draws from the global generators.
+
+
+def test_a_model_trains_in_train_mode_and_has_its_own_again_afterwards():
+    for mode in (True, False):
+        model, seen = make(), set()
+        backbone = model.backbone.train(mode)
+        part = backbone.blocks[0].eval()  # one that is in another mode than the rest
+
+        def on_step(report, backbone=backbone, seen=seen):
+            seen.update(module.training for module in backbone.modules())
+
+        trained(model=model, steps=1)
+        train(Training(model, STAGE), *world(), seed=0, steps=2, on_step=on_step)
+        assert seen == {True}
+        assert not any(module.training for module in part.modules())
+        assert {m.training for m in backbone.modules() if m not in set(part.modules())} == {mode}
+
+
+@pytest.mark.parametrize("fails", ["in the codec", "in the loss", "in on_step"])
+def test_a_model_has_its_mode_again_after_an_error(fails):
+    model = make()
+    model.backbone.eval()
+    data, on_step, error = world()[0], None, ValueError
+    if fails == "in the codec":
+        data = []
+    elif fails == "in the loss":
+        spoil_gradients(model, after=0, factor=NAN)
+    else:
+        error = StoppedError
+
+        def on_step(report):
+            raise StoppedError
+
+    before = torch.get_rng_state()
+    with pytest.raises(error):
+        train(Training(model, STAGE), data, world()[1], seed=0, on_step=on_step)
+    assert not any(module.training for module in model.backbone.modules())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+class Sampling:
+    """A codec that draws its latents, as a VAE does, from torch's global generator."""
+
+    def __init__(self, codec):
+        self.codec, self.text, self.draws = codec, codec.text, []
+
+    def encode(self, frames):
+        mean = self.codec.encode(frames)
+        self.draws.append(torch.randn_like(mean))
+        return mean + 0.1 * self.draws[-1]
+
+
+def random_training(*, stage=STAGE, seed=0, **options):
+    """A model with dropout in every block; what it drops is kept."""
+    model = make(seed, **options)
+    dropouts = [m for block in model.backbone.blocks for m in block.modules() if isinstance(m, torch.nn.Dropout)]
+    for module in dropouts:
+        module.p = 0.25
+    model.dropped = []
+    dropouts[0].register_forward_hook(lambda module, args, out: model.dropped.append(out.detach() == 0))
+    return Training(model, stage)
+
+
+def test_dropout_and_a_codec_that_samples_go_on_bit_for_bit():
+    data, codec = world()[0], Sampling(world()[1])
+    whole, reports = random_training(), []
+    train(whole, data, codec, seed=0, on_step=reports.append)
+    assert whole.model.dropped
+    assert all(mask.any() and not mask.all() for mask in whole.model.dropped)
+    assert [r.loss for r in reports] != [r.loss for r in trained()[1]]
+
+    first, parts = random_training(), []
+    train(first, data, codec, seed=0, steps=3, on_step=parts.append)
+    state = deepcopy(first.state_dict())
+    with torch.random.fork_rng():
+        torch.manual_seed(99)  # another process
+        second = random_training(seed=1)
+        second.load_state_dict(state)
+        for _ in range(3):
+            train(second, data, codec, seed=0, steps=1, on_step=parts.append)
+            torch.rand(5)
+    assert parts == reports
+    assert same(second.state_dict(), whole.state_dict())
+    assert same(first.model.dropped + second.model.dropped, whole.model.dropped)
+    half = len(codec.draws) // 2
+    assert same(codec.draws[:half], codec.draws[half:])
+
+
+def test_the_callers_generator_is_left_alone():
+    data, codec = world()[0], Sampling(world()[1])
+    before, seen = torch.get_rng_state(), []
+    train(random_training(), data, codec, seed=0, on_step=lambda report: seen.append(torch.get_rng_state()))
+    assert len(seen) == 6
+    assert all(torch.equal(state, before) for state in [*seen, torch.get_rng_state()])
+
+
+def test_every_step_stage_and_seed_draws_something_else():
+    data, codec = world()[0], Sampling(world()[1])
+    for stage, seed in ((STAGE, 0), (STAGE, 1), (replace(STAGE, name="other"), 0)):
+        train(random_training(stage=stage), data, codec, seed=seed)
+    values = torch.cat([eps.flatten() for eps in codec.draws])
+    assert len(values.unique()) > 0.99 * len(values)
+
+
+def test_recomputed_activations_drop_the_same():
+    data, codec = world()
+    losses = []
+    for checkpointing in (False, True):
+        training = random_training(gradient_checkpointing=checkpointing)
+        train(training, data, codec, seed=0, on_step=lambda report: losses.append(report.loss))
+    assert losses[6:] == pytest.approx(losses[:6], rel=1e-6)
+
+
+def test_training_leaves_the_codec_alone():
+    data, codec = world()[0], Learned(world()[1])
+    reports = []
+    train(Training(make(), STAGE), data, codec, seed=0, on_step=reports.append)
+    assert [p.grad for p in codec.parameters()] == [None, None]
+    assert reports == trained()[1]
+
+
+# The precision of the weights.
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_in_half_precision_are_not_trained_in_fp32(dtype):
+    model = make()
+    model.backbone.blocks[0].to(dtype)  # a part is enough
+    message = rf"^model: got weights in {dtype} with precision 'fp32', expected float32; call .float\(\) on the model"
+    with pytest.raises(ValueError, match=message):
+        Training(model, STAGE)
+
+
+def test_weights_in_bfloat16_are_trained_under_autocast():
+    model = make()
+    model.backbone.bfloat16()
+    training, reports = trained(replace(STAGE, precision="bf16"), model=model)
+    assert {value.dtype for value in weights(model).values()} == {torch.bfloat16}
+    assert {value.dtype for value in training.ema.state_dict()["average"]} == {torch.float32}
+    assert reports[0].loss == pytest.approx(trained()[1][0].loss, rel=2**-5)
 
 
 def test_it_learns():
@@ -913,10 +1212,6 @@ STAGES = (
     replace(STAGE, name="second", steps=4, pattern="context_causal", ema=0.9),
 )
 ABOUT = {"size": [2, 8, 8], "source": {"mean": torch.arange(3.0)}, "scheme": "anchored"}
-
-
-class StoppedError(Exception):
-    pass
 
 
 def run(out, *, model=None, stages=STAGES, seed=0, about=ABOUT, save_every=2, **options):
@@ -1115,10 +1410,44 @@ def test_a_run_is_not_overwritten(whole, left, tmp_path):
     assert (tmp_path / left).read_bytes() == (whole[0] / left).read_bytes()
 
 
-def test_there_is_nothing_to_resume(tmp_path):
-    with pytest.raises(FileNotFoundError, match=f"{CHECKPOINT}: no such file, expected a checkpoint that lct tune"):
-        run(tmp_path / "run", resume=True)
-    assert not (tmp_path / "run").exists()
+@pytest.mark.parametrize("left", [[], [METRICS]])
+def test_there_is_nothing_to_resume(left, tmp_path):
+    out = tmp_path / "run"
+    for name in left:
+        out.mkdir()
+        (out / name).touch()
+    message = rf"{CHECKPOINT}: no such file, expected the checkpoint of a run to resume$"
+    with pytest.raises(FileNotFoundError, match=message):
+        run(out, resume=True)
+    with pytest.raises(FileNotFoundError, match=message):
+        check_folder(out, resume=True)
+    assert out.exists() == bool(left)
+
+
+def test_a_folder_is_checked_before_anything_is_read(whole, tmp_path):
+    check_folder(tmp_path / "new", resume=False)
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "notes.txt").touch()
+    check_folder(tmp_path, resume=False)  # it holds no run
+    check_folder(whole[0], resume=True)
+    for left in (METRICS, CHECKPOINT):
+        shutil.copy(whole[0] / left, tmp_path / left)
+        with pytest.raises(FileExistsError, match=rf"^{tmp_path}: holds a run already, so it is left alone; resume it"):
+            check_folder(tmp_path, resume=False)
+        (tmp_path / left).unlink()
+
+
+def test_a_step_whose_gradient_is_not_finite_is_neither_saved_nor_logged(whole, tmp_path):
+    """And a model that is whole again goes on before it."""
+    out, model = tmp_path / "run", make()
+    spoil_gradients(model, after=3, factor=NAN)
+    with pytest.raises(ValueError, match=r"^first, step 4: .*the norm of its gradient nan"):
+        run(out, model=model, save_every=1)
+    assert load_checkpoint(out / CHECKPOINT)["training"]["step"] == 3
+    assert metrics(out) == metrics(whole[0])[:3]
+    assert sorted(path.name for path in out.iterdir()) == sorted([CHECKPOINT, METRICS])
+    run(out, model=make(seed=1), resume=True)
+    assert equal_runs(out, whole[0])
 
 
 def test_a_finished_stage_is_no_checkpoint(whole, tmp_path):

@@ -30,10 +30,11 @@ class _Lct(click.Group):
 @click.version_option(package_name="lct-core", prog_name="lct", message="%(prog)s %(version)s")
 @click.pass_context
 def lct(ctx: click.Context) -> None:
-    """Long Context Tuning: see it work, tune, generate, look at scenes, backbones and kernels.
+    """Long Context Tuning: see it work, tune a model on scenes, generate scenes, look at shots, backbones and kernels.
 
     \b
-    Example:
+    Examples:
+      lct demo --quick
       lct inspect 12:4x6x6 8:2x6x6
     """
     if ctx.invoked_subcommand is None:

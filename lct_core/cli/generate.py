@@ -112,39 +112,36 @@ def command(
       lct generate script.txt runs/tune/causal.pt --t-c 300
     """
     read = read_script(script)
+    _check_free(out)
     card, weights, pattern = _load(checkpoint)
+    clips = _clips(given, shots=len(read.shots), reading=card.reading)
+    mode = _mode(mode, given=clips, pattern=pattern, checkpoint=checkpoint)
     with (
         current_folder_on_path(),
         own_code(card.factory),
         within_memory(device, fix=_LESS_MEMORY),
         torch.no_grad(),
     ):
-        model, codec = _model(card, weights, checkpoint)
-        model.backbone.to(device).eval()
-        clips = _clips(given, shots=len(read.shots), reading=card.reading)
-        mode = _mode(mode, given=clips, pattern=pattern, checkpoint=checkpoint)
-        scene = generation.start_scene(
-            read,
-            codec,
-            _sizes(size, clips, card, codec, shots=len(read.shots)),
-            seed=seed,
-            device=device,
-            dtype=next(model.backbone.parameters()).dtype,
-        )
+        model, codec = _model(card, weights, checkpoint, device=device)
+        sizes = _sizes(size, clips, card, codec, shots=len(read.shots))
+        dtype = next(model.backbone.parameters()).dtype
+        scene = generation.start_scene(read, codec, sizes, seed=seed, device=device, dtype=dtype)
         first = len(scene) - len(read.shots)  # a global shot comes before
         latents = {first + i: codec.encode(clip.frames)[None].to(device) for i, clip in clips.items()}
-        guide = generation.Guidance(
-            scale=guidance, **generation.negative_texts(codec, shot=negative, overall=negative_global)
-        )
-        _claim(out)
+        texts = generation.negative_texts(codec, shot=negative, overall=negative_global)
+        numbers |= {"guidance": generation.Guidance(scale=guidance, **texts), "seed": seed, "window": window}
+        out.mkdir(parents=True, exist_ok=True)  # before hours are spent on what goes there
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            result = _run(
-                mode, model, scene, latents, pattern=pattern, window=window, seed=seed, guidance=guide, **numbers
-            )
-        frames = [codec.decode(z[0].cpu()).float().cpu().clamp(0, 1) for z in result[first:] if z is not None]
+            result = _run(mode, model, scene, latents, pattern=pattern, **numbers)
+        frames = [codec.decode(z[0].cpu()).float().cpu().clamp(0, 1) for z in result if z is not None]
     for i, clip in clips.items():
         frames[i] = clip.frames
     _write(out, read, frames, mode=mode, fps=fps or card.fps)
+
+
+def _check_free(out: Path) -> None:
+    if (out / "script.txt").exists() or any(out.glob("shot_*")):
+        raise FileExistsError(f"{out}: already holds a scene, so it is left alone; choose another --out")
 
 
 def _load(checkpoint: Path) -> tuple[ModelCard, Mapping[str, Tensor], str]:
@@ -155,13 +152,16 @@ def _load(checkpoint: Path) -> tuple[ModelCard, Mapping[str, Tensor], str]:
     return ModelCard.from_state(saved.get("about", {}), checkpoint), saved["model"], saved["pattern"]
 
 
-def _model(card: ModelCard, weights: Mapping[str, Tensor], checkpoint: Path) -> tuple[SceneModel, Codec]:
-    """The tuned model, and its codec."""
+def _model(
+    card: ModelCard, weights: Mapping[str, Tensor], checkpoint: Path, *, device: torch.device
+) -> tuple[SceneModel, Codec]:
+    """The tuned model on its device, and its codec."""
     model, codec = card.build()
     try:
         model.backbone.load_state_dict(weights)
     except RuntimeError as error:
         raise ValueError(f"{checkpoint}: its weights are not of {card.name}: {error}") from error
+    model.backbone.to(device).eval()
     return model, codec
 
 
@@ -213,12 +213,12 @@ def _sizes(size: str | None, given: Mapping[int, _Given], card: ModelCard, codec
     """Frames, height and width of every shot; refused where the codec cannot take them, or no file can hold them."""
     sizes = [_size(size, card.size)] * shots
     for i in range(shots):
-        option, fix = "--size", "choose another size"
+        option, fix = "--size", "choose another size, for example"
         if i in given:
             frames, height, width = given[i].frames.shape[1:]
             sizes[i] = frames, height, width
             option = f"--given: {given[i].file}, of {frames} x {height} x {width} as it is read"
-            fix = "crop or scale the file"
+            fix = "crop or scale the file, for example to"
         _check_size(sizes[i], card, codec, option=option, fix=fix)
     return sizes
 
@@ -241,16 +241,9 @@ def _check_size(size: Size, card: ModelCard, codec: Codec, *, option: str, fix: 
     frames, height, width = size
     if frames > 1 and (height % 2 or width % 2):
         raise ValueError(
-            f"{option}: got a video of {height} x {width} pixels, expected even ones, as MP4 files need; {fix}, for "
-            f"example to multiples of {lcm(2, card.multiple)}"
+            f"{option}: got a video of {height} x {width} pixels, expected even ones, as MP4 files need; {fix} "
+            f"multiples of {lcm(2, card.multiple)}"
         )
-
-
-def _claim(out: Path) -> None:
-    """Make the folder, before hours are spent on what goes there."""
-    out.mkdir(parents=True, exist_ok=True)
-    if (out / "script.txt").exists() or any(out.glob("shot_*")):
-        raise FileExistsError(f"{out}: already holds a scene, so it is left alone; choose another --out")
 
 
 def _run(

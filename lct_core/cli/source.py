@@ -183,6 +183,8 @@ def _check_source(source: Source) -> None:
     if names not in _SOURCES:
         got = sorted(map(str, names)) if names else repr(source)
         raise ValueError(f"source: got {got}, expected a dict with {' or '.join(map(str, map(sorted, _SOURCES)))}")
+    if not isinstance(source.get("factory", source.get("backbone")), str):
+        raise ValueError(f"source: got {sorted(names)}, expected a string for factory or backbone")
     codec = source.get("codec", dict.fromkeys(_CODEC))
     if not isinstance(codec, Mapping) or set(codec) != _CODEC or not isinstance(source.get("options", {}), Mapping):
         raise ValueError(f"source: expected options as a dict, and a codec with {sorted(_CODEC)}: LinearCodec.state()")

@@ -161,7 +161,7 @@ def command(
             single_shot_data=sets[1] if single_shots else None,
             on_step=_bars(progress, stages),
         )
-    console.print("\n".join(str(out / f"{stage.name}.pt") for stage in stages), soft_wrap=True, markup=False)
+    click.echo("\n".join(str(out / f"{stage.name}.pt") for stage in stages))
 
 
 def _stages(

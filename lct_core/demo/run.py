@@ -20,10 +20,11 @@ from rich.console import Console
 
 from lct_core.cli.progress import Stages
 from lct_core.cli.sheet import SceneRows, contact_sheet
+from lct_core.cli.source import ModelCard, small_mmdit
 from lct_core.codec import LinearCodec
-from lct_core.data import VideoScene
+from lct_core.data import SceneFolders, VideoScene
 from lct_core.demo import extras
-from lct_core.demo.dataset import FPS, PATCH, SIZE, make_codec, read_scenes, write_scenes
+from lct_core.demo.dataset import FPS, FRAMES, PATCH, SIZE, make_codec, read_scenes, write_scenes
 from lct_core.demo.film import film
 from lct_core.demo.generate import Generator, Shots
 from lct_core.demo.metrics import adherence, appearance_error
@@ -39,6 +40,7 @@ from lct_core.training import METRICS, Report, Stage, single_shots, to_row, tune
 
 _ON_SHEET, _ON_FILM = 3, 6  # scenes
 _SHOWN = ("data", "independent", "joint", "ar_causal")
+Curve = list[tuple[int, str, float]]
 _OURS = ".written-by-lct-demo"  # marks a folder that a later run may write to again
 
 
@@ -60,14 +62,9 @@ def run(out: Path, settings: Settings, *, console: Console) -> dict[str, Any]:
     started = perf_counter()
     _claim(out)
     with Stages(console) as progress:
-        for part, count in {"train": settings.scenes, "held_out": settings.held_out}.items():
-            random = keyed_generator(settings.seed, part)
-            scenes = [sample_scene(settings.shots, generator=random) for _ in range(count)]
-            write_scenes(out / "data" / part, scenes, progress=progress)
-        data, held_out = (read_scenes(out / "data" / part, progress=progress) for part in ("train", "held_out"))
+        data, held_out = _data(out / "data", settings, progress)
         codec = make_codec(data)
-        source, model = _model(codec, settings)
-        parameters = sum(p.numel() for p in model.backbone.parameters())
+        card, model, parameters = _model(codec, data, settings)
         generator = Generator(
             model=model,
             codec=codec,
@@ -77,65 +74,24 @@ def run(out: Path, settings: Settings, *, console: Console) -> dict[str, Any]:
             guidance=settings.guidance,
             t_c=settings.t_c,
         )
-        truth = [torch.stack(shots) for shots in zip(*(scene.shots for scene in held_out), strict=True)]
-        videos: dict[str, Shots] = {"data": truth}
+        videos: dict[str, Shots] = {"data": _columns(held_out)}
         losses: dict[str, float] = {}
 
-        def generate(mode: str, make: Callable[[], Shots]) -> None:
-            with progress(f"generate, {LABELS[mode]}"):
-                videos[mode] = make()
-
         def after(stage: Stage) -> None:
-            """What is measured between the stages."""
+            """What is generated and measured with a stage's weights."""
             losses[stage.name] = _single_shot_loss(model, codec, held_out)
-            if stage.name == "single_shot":
-                generate("independent", generator.independent)
-            elif stage.name == "bidirectional":
-                generate("joint", generator.joint)
-                generate("conditional", lambda: generator.conditional({0: truth[0]}))
-                generate("ar_bidirectional", generator.ar_bidirectional)
-                generate("ar_causal_before", generator.ar_causal)
-            else:
-                generate("ar_causal", generator.ar_causal)
+            for mode, make in _modes(generator, videos["data"])[stage.name].items():
+                with progress(f"generate, {LABELS[mode]}"):
+                    videos[mode] = make()
 
-        steps = {stage.name: stage.steps for stage in settings.stages()}
-        bars: dict[str, Callable[..., None]] = {}
-        curves: dict[str, list[tuple[int, str, float]]] = {stage.name: [] for stage in settings.stages()}
-
-        def on_step(step: Report) -> None:
-            if step.stage not in bars:
-                bars[step.stage] = progress.open(f"train, {step.stage}", steps[step.stage])
-            bars[step.stage](step.loss)
-            curves[step.stage].append((step.step, step.kind, step.loss))
-
-        tune(
-            out,
-            model,
-            settings.stages(),
-            data,
-            codec,
-            seed=settings.seed,
-            about={
-                "source": source,
-                "scheme": model.scheme,
-                "size": [*data[0].shots[0].shape[1:]],
-                "area": SIZE * SIZE,
-                "multiple": PATCH,
-                "fps": FPS,
-                "max_frames": 125,
-            },
-            save_every=max(stage.steps for stage in settings.stages()),
-            on_step=on_step,
-            on_stage=after,
-        )
+        curves = _tune(out, model, settings, data, codec, card, progress=progress, after=after)
         more = extras.run(out, generator, settings, progress=progress)
 
-    scripts = [scene.script for scene in held_out]
-    texts = [[shot.text for shot in script.shots] for script in scripts]
     metrics: dict[str, Any] = {
         "parameters": parameters,
         "parameters_added": sum(p.numel() for p in model.backbone.parameters()) - parameters,
     }
+    texts = [[shot.text for shot in scene.script.shots] for scene in held_out]
     for mode, shots in videos.items():
         given = 1 if mode == "conditional" else 0  # a given shot has a look, but no adherence of the model's
         metrics |= {key(mode, name): value for name, value in _measure(shots, texts, given=given).items()}
@@ -145,25 +101,7 @@ def run(out: Path, settings: Settings, *, console: Console) -> dict[str, Any]:
         "single_shot_loss_after_causal": losses["causal"],
         **more,
     }
-    rows = [
-        SceneRows(texts[i], {LABELS[mode]: [shot[i] for shot in videos[mode]] for mode in _SHOWN})
-        for i in range(len(texts))
-    ]
-    title = "Scenes never seen in training. No text tells a colour: only the other shots do."
-    contact_sheet(out / "contact_sheet.png", rows[:_ON_SHEET], title=title)
-    film(
-        out / "scenes.mp4",
-        [SceneRows(row.texts, {k: v for k, v in row.rows.items() if k != LABELS["data"]}) for row in rows[:_ON_FILM]],
-        fps=FPS,
-    )
-    loss_curves(out / "losses.png", curves)
-    shown = {mode: label for mode, label in LABELS.items() if mode != "data"}
-    modes(
-        out / "modes.png",
-        {label: metrics[key(mode, "error")] for mode, label in shown.items()},
-        {label: metrics[key(mode, "adherence")] for mode, label in shown.items()},
-        goals={LABELS[mode]: metrics["independent_error"] / times for mode, times in GOALS.items()},
-    )
+    _pictures(out, metrics, videos, texts, curves)
     metrics |= {"seconds": perf_counter() - started, **asdict(settings)}
     (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     report(metrics, out, console)
@@ -184,22 +122,121 @@ def _claim(out: Path) -> None:
         old.unlink(missing_ok=True)
 
 
-def _model(codec: LinearCodec, settings: Settings) -> tuple[dict[str, Any], SceneModel]:
-    """A new single-shot model, retrofitted: called on one shot, it is still what it was, to the last bit."""
-    options = {
-        "channels": codec.channels,
-        "text_width": codec.text_width,
-        "width": settings.width,
-        "depth": settings.depth,
-        "heads": settings.heads,
-        "patch": [1, 1, 1],
-        "theta": 100.0,  # periods of 6 to 199 positions: a shot takes 5, a scene about 25
-        "position_embedding": True,
-    }
-    with torch.random.fork_rng():
+def _data(root: Path, settings: Settings, progress: Stages) -> tuple[SceneFolders, SceneFolders]:
+    """The training and the held-out scenes, written to disk and read back."""
+    parts = {"train": settings.scenes, "held_out": settings.held_out}
+    for part, count in parts.items():
+        random = keyed_generator(settings.seed, part)
+        scenes = [sample_scene(settings.shots, generator=random) for _ in range(count)]
+        write_scenes(root / part, scenes, progress=progress)
+    data, held_out = (read_scenes(root / part, progress=progress) for part in parts)
+    return data, held_out
+
+
+def _model(codec: LinearCodec, data: SceneFolders, settings: Settings) -> tuple[ModelCard, SceneModel, int]:
+    """A new single-shot model, retrofitted, with the number of parameters that it had before."""
+    source = small_mmdit(codec, width=settings.width, depth=settings.depth, heads=settings.heads)
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        model = retrofit(registry().build("mmdit", **options), batch_shots=True)
-    return {"backbone": "mmdit", "options": options, "codec": codec.state()}, model
+        dit = registry().build(source["backbone"], **source["options"])
+    parameters = sum(p.numel() for p in dit.parameters())
+    card = ModelCard(
+        source=source,
+        scheme="anchored",
+        size=[*data[0].shots[0].shape[1:]],
+        area=SIZE * SIZE,
+        multiple=PATCH,
+        fps=FPS,
+        max_frames=FRAMES,
+    )
+    return card, retrofit(dit, scheme=card.scheme, batch_shots=True), parameters
+
+
+def _tune(
+    out: Path,
+    model: SceneModel,
+    settings: Settings,
+    data: SceneFolders,
+    codec: LinearCodec,
+    card: ModelCard,
+    *,
+    progress: Stages,
+    after: Callable[[Stage], None],
+) -> dict[str, Curve]:
+    """All three stages; returns their losses."""
+    stages = settings.stages()
+    steps = {stage.name: stage.steps for stage in stages}
+    curves: dict[str, Curve] = {name: [] for name in steps}
+    bars: dict[str, Callable[..., None]] = {}
+
+    def on_step(step: Report) -> None:
+        if step.stage not in bars:
+            bars[step.stage] = progress.open(f"train, {step.stage}", steps[step.stage])
+        bars[step.stage](step.loss)
+        curves[step.stage].append((step.step, step.kind, step.loss))
+
+    tune(
+        out,
+        model,
+        stages,
+        data,
+        codec,
+        seed=settings.seed,
+        about=card.state(),
+        save_every=max(steps.values()),
+        on_step=on_step,
+        on_stage=after,
+    )
+    return curves
+
+
+def _modes(generator: Generator, truth: Shots) -> dict[str, dict[str, Callable[[], Shots]]]:
+    """What is generated after which stage."""
+    return {
+        "single_shot": {"independent": generator.independent},
+        "bidirectional": {
+            "joint": generator.joint,
+            "conditional": lambda: generator.conditional({0: truth[0]}),
+            "ar_bidirectional": generator.ar_bidirectional,
+            "ar_causal_before": generator.ar_causal,
+        },
+        "causal": {"ar_causal": generator.ar_causal},
+    }
+
+
+def _columns(scenes: SceneFolders) -> Shots:
+    """Of every shot, the frames of all scenes."""
+    return [torch.stack(shots) for shots in zip(*(scene.shots for scene in scenes), strict=True)]
+
+
+def _pictures(
+    out: Path,
+    metrics: dict[str, Any],
+    videos: dict[str, Shots],
+    texts: Sequence[Sequence[str]],
+    curves: dict[str, Curve],
+) -> None:
+    """The contact sheet, the film and the plots."""
+    rows = [
+        SceneRows(scene, {LABELS[mode]: [shot[i] for shot in videos[mode]] for mode in _SHOWN})
+        for i, scene in enumerate(texts)
+    ]
+    title = "Scenes never seen in training. No text tells a colour: only the other shots do."
+    contact_sheet(out / "contact_sheet.png", rows[:_ON_SHEET], title=title)
+    generated = [{label: shots for label, shots in row.rows.items() if label != LABELS["data"]} for row in rows]
+    film(
+        out / "scenes.mp4",
+        [SceneRows(scene, row) for scene, row in zip(texts[:_ON_FILM], generated[:_ON_FILM], strict=True)],
+        fps=FPS,
+    )
+    loss_curves(out / "losses.png", curves)
+    shown = {mode: label for mode, label in LABELS.items() if mode != "data"}
+    modes(
+        out / "modes.png",
+        {label: metrics[key(mode, "error")] for mode, label in shown.items()},
+        {label: metrics[key(mode, "adherence")] for mode, label in shown.items()},
+        goals={LABELS[mode]: metrics["independent_error"] / times for mode, times in GOALS.items()},
+    )
 
 
 @torch.no_grad()

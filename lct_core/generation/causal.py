@@ -59,8 +59,7 @@ def causal(
     left = left_to_generate(scene, done, t_c, in_order=True)
     scene = with_dummy_video(scene, model.adapter.traits.patch[0])
     texts = branches(scene, guidance)
-    tokens = sum(model.adapter.shot(shot).tokens for shot in scene)
-    caches = [KVCache(capacity=tokens) for _ in texts]
+    caches = [KVCache(capacity=sum(model.adapter.shot(shot).tokens for shot in branch)) for branch in texts]
     shots = [i for i, shot in enumerate(scene) if shot.role != "global"]
     everywhere = [i for i, shot in enumerate(scene) if shot.role == "global"]
 

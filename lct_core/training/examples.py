@@ -59,7 +59,7 @@ def sample_row(
         single_shot_data: Where single shots come from (paper, A.1: pre-training data; default: the scenes' own shots).
 
     Returns:
-        The row, latents and noise in float32; no gradient is recorded in the codec.
+        The row, all in float32; no gradient is recorded in the codec.
 
     Raises:
         ValueError: for no data, and as the codec does.
@@ -122,7 +122,7 @@ def scene_examples(
         shots = [_shot(clip, "" if no_shots else prompts[i], codec) for i, clip in zip(run, clips, strict=True)]
         if scene.script.global_prompt():
             overall = "" if no_global else scene.script.global_prompt(storyline=with_story)
-            shots.insert(0, ShotInput(text=codec.text(overall)[None], role="global"))
+            shots.insert(0, ShotInput(text=codec.text(overall)[None].float(), role="global"))
         examples.append(_example(shots, generator))
     return examples
 
@@ -170,7 +170,7 @@ def _example(shots: list[ShotInput], generator: torch.Generator) -> Example:
 
 
 def _shot(clip: Tensor, prompt: str, codec: Codec) -> ShotInput:
-    return ShotInput(latents=codec.encode(clip)[None].float(), text=codec.text(prompt)[None])
+    return ShotInput(latents=codec.encode(clip)[None].float(), text=codec.text(prompt)[None].float())
 
 
 def _layout(example: Example) -> tuple[Any, ...]:

@@ -163,7 +163,13 @@ def _step(training: Training, row: Row, device: torch.device) -> Report:
 @contextmanager
 def _randomness(seed: int, stage: Stage, step: int, device: torch.device) -> Iterator[None]:
     """What draws from torch's global generators, a model's dropout or a codec's sampling, depends on the step alone."""
-    kind = "cuda" if device.type == "cpu" else device.type
-    with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device], device_type=kind):
-        torch.manual_seed(keyed_generator("global", seed, stage.name, step).initial_seed())
-        yield
+    drawn = keyed_generator("global", seed, stage.name, step).initial_seed()
+    if device.type == "cuda":
+        with torch.random.fork_rng(devices=[device]), torch.cuda.device(device):
+            torch.default_generator.manual_seed(drawn)
+            torch.cuda.manual_seed(drawn)
+            yield
+    else:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(drawn)
+            yield
