@@ -1,4 +1,5 @@
 import itertools
+import re
 import struct
 import subprocess
 import sys
@@ -63,11 +64,14 @@ def test_help_and_version(capsys):
     assert main([]) == main(["--help"]) == main(["-h"]) == 0
     first, second, third = capsys.readouterr().out.split("Usage: lct ")[1:]
     assert first == second == third
-    for command in ("inspect", "backbones", "kernels", "conformance"):
+    assert "..." not in first.split("Commands:")[1]  # nothing is cut off
+    for command in ("inspect", "backbones", "kernels", "conformance", "tune", "generate", "demo"):
         assert f"\n  {command} " in first
         assert main([command, "--help"]) == 0
         out = capsys.readouterr().out
-        assert f"Example:\n    lct {command}" in out
+        assert re.search(rf"Examples?:\n    lct {command}\b", out)
+        if command in ("tune", "generate", "demo"):
+            assert not re.search("[<>]=?x|None|RANGE", out)  # ranges that only keep nonsense out
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"lct {version('lct-core')}\n"
 
@@ -576,6 +580,20 @@ def test_what_an_adapter_raises_fails_its_invariant_and_names_the_line(factories
     lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith("FAILED  3  raised IndexError: ") and "test_cli.py:" in line for line in lines)
     assert lines[-1].endswith("of invariants 1, 2, 3, 4, 5, 6, 7, 8, 9")
+
+
+def test_an_adapter_that_cannot_batch_shots_fails_no_later_invariant(factories, capsys, monkeypatch):
+    from lct_core.scene_model import SceneModel
+
+    call = SceneModel.__call__
+
+    def one_by_one(self, *arguments, **options):
+        assert not self.batch_shots, "no batches"
+        return call(self, *arguments, **options)
+
+    monkeypatch.setattr(SceneModel, "__call__", one_by_one)
+    assert main(["conformance", f"{factories}:make", "--scheme", "paper", "--dtype", "float32"]) == 1
+    assert capsys.readouterr().out.splitlines()[-1].endswith("checks FAILED, of invariants 5")
 
 
 @pytest.mark.parametrize("factory", ["make", "make_adapter", "Holder.make"])

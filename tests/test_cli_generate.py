@@ -6,20 +6,21 @@ import sys
 import zlib
 from contextlib import redirect_stdout
 from fractions import Fraction
+from importlib import import_module
 from itertools import product
 from textwrap import dedent
 
 import pytest
 import torch
 
-import lct_core.data
+import lct_core.cli.generate
 from lct_core import generation
 from lct_core.cli import main
-from lct_core.cli.source import make
+from lct_core.cli.source import ModelCard
 from lct_core.data import VideoScene, read_image, read_scene, read_video, write_image, write_scene, write_video
-from lct_core.generation.scene import negative_texts, start_scene
+from lct_core.generation import negative_texts, start_scene
 from lct_core.script import Script, ScriptShot, read_script
-from lct_core.training import load_checkpoint
+from lct_core.training import load_checkpoint, save_checkpoint
 
 av = pytest.importorskip("av")
 
@@ -76,7 +77,7 @@ def lct(run, tmp_path, monkeypatch):
         scenes.append(scene)
         write_scene(folder, scene, fps=fps)
 
-    monkeypatch.setattr(lct_core.data, "write_scene", write)
+    monkeypatch.setattr(lct_core.cli.generate, "write_scene", write)
 
     def generate(checkpoint, *options, out=None, steps=2):
         out = out or f"out_{len(scenes)}"
@@ -108,15 +109,16 @@ def refused(capsys, arguments):
 def directly(run, checkpoint, mode, *, clips=None, sizes=(SIZE,) * 3, seed=0, t_c=100.0, window=9, scale=7.5, **texts):
     """The same with the library alone."""
     saved = load_checkpoint(run / f"{checkpoint}.pt")
-    model, codec = make(saved["about"]["source"], scheme="anchored")
+    model, codec = ModelCard.from_state(saved["about"], checkpoint).build()
     model.backbone.load_state_dict(saved["model"])
     scene = start_scene(read_script("script.txt"), codec, sizes, seed=seed)
     given = {i + 1: codec.encode(frames)[None] for i, frames in (clips or {}).items()}  # the global shot comes first
     common = {"steps": 2, "guidance": generation.Guidance(scale=scale, **negative_texts(codec, **texts))}
     if mode == "causal":
-        latents = generation.causal(model, scene, given, t_c=t_c, history=generation.recent(window), **common)
+        common |= {"history": generation.recent(window), "seed": seed}
+        latents = generation.causal(model, scene, given, t_c=t_c, **common)
     elif mode == "autoregressive":
-        common |= {"pattern": saved["pattern"], "history": generation.recent(window)}
+        common |= {"pattern": saved["pattern"], "history": generation.recent(window), "seed": seed}
         latents = generation.autoregressive(model, scene, given, t_c=t_c, **common)
     elif given:
         latents = generation.conditional(model, scene, given, t_c=t_c, pattern=saved["pattern"], **common)
@@ -132,10 +134,13 @@ def directly(run, checkpoint, mode, *, clips=None, sizes=(SIZE,) * 3, seed=0, t_
 )
 def test_every_mode_is_the_librarys(lct, run, checkpoint, mode, capsys):
     write_video("given.mp4", clip(3, 32, 16), fps=8)
-    clips = {1: read_video("given.mp4")} if mode == "conditional" else {}
-    given = ["--given", "2=given.mp4"] if clips else []
+    i = 0 if checkpoint == "causal" else 1  # there only the first shots are seen by others
+    clips = {i: read_video("given.mp4")} if mode == "conditional" else {}
+    given = ["--given", f"{i + 1}=given.mp4"] if clips else []
     frames = lct(checkpoint, "--mode", mode, *given)
-    sizes = [SIZE, (3, 32, 16) if clips else SIZE, SIZE]
+    sizes = [SIZE] * 3
+    if clips:
+        sizes[i] = (3, 32, 16)
     assert [(*shot.shape[1:],) for shot in frames] == sizes
     assert same(frames, directly(run, checkpoint, mode, clips=clips, sizes=sizes))
     steps = 2 if mode in ("joint", "conditional") else 6
@@ -226,6 +231,36 @@ def test_more_steps_and_a_script_without_global_prompt(lct, tmp_path):
         assert len(lct("causal", "--mode", mode)) == 2
 
 
+def test_bf16_is_another_arithmetic(lct):
+    exact, rough = lct("causal", steps=4), lct("causal", "--bf16", steps=4)
+    assert not same(exact, rough)
+    for a, b in zip(exact, rough, strict=True):
+        assert b.dtype == torch.float32
+        assert (a - b).abs().max() < 0.1
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--given", "2=image.png"], "--given: got shot 2 without shot 1, which would be generated without seeing"),
+        (
+            ["--given", "1=image.png", "--given", "3=image.png"],
+            "--given: got shot 3 without shot 2, which would be generated ",
+        ),
+        (
+            ["--mode", "conditional", "--given", "3=image.png"],
+            "--given: got shot 3 without shot 1, which would be generated ",
+        ),
+    ],
+)
+def test_a_context_causal_model_takes_the_first_shots(run, tmp_path, capsys, options, words):
+    write_image("image.png", clip(1, 24, 24))
+    line = refused(capsys, ["script.txt", run / "causal.pt", *options])
+    assert line.startswith(words)
+    assert line.endswith("give the first shots, or use a model of bidirectional attention")
+    assert not (tmp_path / "runs").exists()
+
+
 # --- what is written ---
 
 
@@ -308,6 +343,35 @@ FACTORIES = """
 
     WORDS = "[shot cut] character 1 a red square the moves plain wall".split()
 
+    class Codec(LinearCodec):
+        # takes 1, 5, 9, ... frames, needs what lies beside this file, and would record gradients
+
+        def latent_shape(self, frames, height, width):
+            if frames % 4 != 1:
+                raise ValueError(f"frames: got {frames}, expected 1 + 4 n")
+            return super().latent_shape(frames, height, width)
+
+        def decode(self, latents):
+            from LATE import GAIN
+            assert not torch.is_grad_enabled()
+            return super().decode(latents).to(torch.bfloat16) * 1.001 * torch.nn.Parameter(torch.tensor(GAIN))
+
+        def encode(self, frames):
+            assert not torch.is_grad_enabled()
+            return super().encode(frames)
+
+    class Broken(LinearCodec):
+        def decode(self, latents):
+            return torch.ones(2) + torch.ones(3)
+
+    def particular():
+        model, codec = make()
+        return model, Codec(**codec.state())
+
+    def broken():
+        model, codec = make()
+        return model, Broken(**codec.state())
+
     def make(width=24):
         model = registry().build(
             "mmdit", channels=3, text_width=len(WORDS), width=width, depth=1, heads=2, patch=(1, 1, 1)
@@ -316,10 +380,78 @@ FACTORIES = """
 """
 
 
-def test_a_model_of_ones_own(run, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def own(tmp_path):
+    """The name of a module in the current folder, new for every test."""
     name = f"generated_model_{zlib.crc32(str(tmp_path).encode())}"
-    module = tmp_path / f"{name}.py"
-    module.write_text(dedent(FACTORIES))
+    (tmp_path / f"{name}.py").write_text(dedent(FACTORIES).replace("LATE", f"{name}_late"))
+    (tmp_path / f"{name}_late.py").write_text("GAIN = 1.0")
+    yield name
+    sys.modules.pop(name, None)
+    sys.modules.pop(f"{name}_late", None)
+
+
+def checkpoint_of(factory):
+    """A checkpoint of a factory's model, untrained."""
+    module, name = factory.split(":")
+    model, _ = getattr(import_module(module), name)()
+    card = ModelCard(
+        source={"factory": factory}, scheme="anchored", size=(5, 16, 16), area=4096, multiple=16, fps=8.0, max_frames=9
+    )
+    content = {"about": card.state(), "stage": "bidirectional", "pattern": "bidirectional"}
+    save_checkpoint("own.pt", {**content, "model": model.state_dict()})
+
+
+def test_a_codec_of_ones_own(own, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.syspath_prepend(str(tmp_path))
+        checkpoint_of(f"{own}:particular")
+    path = [*sys.path]
+    arguments = ["script.txt", "own.pt", "--steps", "1"]
+    assert main(["generate", *arguments, "--out", "one"]) == 0
+    assert sys.path == path
+    assert [(*shot.shape[1:],) for shot in read_scene(tmp_path / "one").shots] == [(5, 16, 16)] * 3
+    capsys.readouterr()
+    line = refused(capsys, [*arguments, "--size", "4x16x16", "--out", "two"])
+    assert line == "--size: frames: got 4, expected 1 + 4 n"
+    write_video("given.mp4", clip(3, 16, 32), fps=8)
+    line = refused(capsys, [*arguments, "--given", "1=given.mp4", "--out", "two"])
+    assert line == "--given: given.mp4, of 3 x 16 x 32 as it is read: frames: got 3, expected 1 + 4 n"
+    assert not (tmp_path / "two").exists()
+
+
+def test_a_codec_that_fails(own, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.syspath_prepend(str(tmp_path))
+        checkpoint_of(f"{own}:broken")
+    line = refused(capsys, ["script.txt", "own.pt", "--steps", "1"])
+    assert line.startswith(f"MODULE:FACTORY: the model or the codec of {own}:broken raised RuntimeError: The size of")
+    assert f"{own}.py:" in line
+
+
+def test_out_of_memory_is_one_line(run, capsys, monkeypatch):
+    def too_large(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has none.")
+
+    monkeypatch.setattr(generation, "causal", too_large)
+    line = refused(capsys, ["script.txt", run / "causal.pt"])
+    assert line == (
+        "--device: cpu is out of memory; choose a smaller --size or --window, or add --bf16 "
+        "(CUDA out of memory. Tried to allocate 20.00 MiB)"
+    )
+
+
+def test_a_mistake_of_the_library_shows(run, monkeypatch):
+    def mistaken(*_, **__):
+        raise RuntimeError("ours")
+
+    monkeypatch.setattr(generation, "causal", mistaken)
+    with pytest.raises(RuntimeError, match="ours"):
+        main(["generate", "script.txt", str(run / "causal.pt")])
+
+
+def test_a_model_of_ones_own(run, own, tmp_path, monkeypatch, capsys):
+    name, module = own, tmp_path / f"{own}.py"
     few = ["--steps", "2", "--causal-steps", "0", "--fps", "8"]
     assert main(["tune", str(run.parent / "data"), "--model", f"{name}:make", *few]) == 0
     arguments = ["generate", "script.txt", "runs/tune/bidirectional.pt", "--steps", "2"]
@@ -385,6 +517,24 @@ def test_a_bad_checkpoint_is_one_line(run, tmp_path, capsys, content, words):
     assert not (tmp_path / "runs").exists()
 
 
+def test_weights_and_a_description_that_do_not_fit(run, tmp_path, capsys):
+    saved = load_checkpoint(run / "causal.pt")
+    saved["about"]["source"]["options"]["width"] = 48
+    save_checkpoint(tmp_path / "model.pt", saved)
+    line = refused(capsys, ["script.txt", "model.pt"])
+    assert line.startswith("model.pt: its weights are not of the mmdit that it describes: Error(s) in loading")
+
+
+def test_a_checkpoint_that_does_not_say_how_to_make_its_model(run, tmp_path, capsys):
+    saved = load_checkpoint(run / "causal.pt")
+    save_checkpoint(tmp_path / "model.pt", {**saved, "about": {}})
+    line = refused(capsys, ["script.txt", "model.pt"])
+    assert line.startswith("model.pt: does not say its model's source, scheme, size, area, multiple, fps, max_frames, ")
+    save_checkpoint(tmp_path / "model.pt", {**saved, "about": {**saved["about"], "size": [4, 24]}})
+    line = refused(capsys, ["script.txt", "model.pt"])
+    assert line.startswith("model.pt: what it says of its model makes no sense: size: got [4, 24], expected frames, ")
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -414,8 +564,13 @@ def test_a_bad_checkpoint_is_one_line(run, tmp_path, capsys, content, words):
         (["--t-c", "1001"], "Invalid value for '--t-c': 1001.0 is not in the range 0<=x<=1000."),
         (["--t-c", "-1"], "Invalid value for '--t-c': -1.0 is not in the range 0<=x<=1000."),
         (["--t-c", "nan"], "Invalid value for '--t-c': 'nan' is not a finite number."),
-        (["--guidance", "inf"], "--guidance: got inf, expected a finite number; 1 is none"),
-        (["--guidance", "nan"], "--guidance: got nan, expected a finite number; 1 is none"),
+        (["--guidance", "inf"], "Invalid value for '--guidance': 'inf' is not a finite number."),
+        (["--guidance", "nan"], "Invalid value for '--guidance': 'nan' is not a finite number."),
+        (
+            ["--mode", "autoregressive", "--given", "3=image.png"],
+            "--given: got shot 3 without shot 1, which would be generated without seeing it; give the first "
+            "shots, or use --mode conditional",
+        ),
         (["--negative", "zebra"], "prompt: 'zebra' in 'zebra' is not among the words that this codec knows: "),
         (["--negative-global", "zebra"], "prompt: 'zebra' in 'zebra' is not among the words that this codec knows: "),
         (["--steps", "0"], "Invalid value for '--steps': 0 is not in the range 1<=x"),
@@ -457,7 +612,16 @@ def test_sizes_that_no_video_can_have(run, tmp_path, capsys):
     capsys.readouterr()
     arguments = ["script.txt", "runs/tune/bidirectional.pt", "--steps", "2"]
     line = refused(capsys, [*arguments, "--out", "out"])
-    assert line.startswith("--size: got a video of 25 x 30 pixels, expected even ones, as MP4 files need; choose ")
+    assert line == (
+        "--size: got a video of 25 x 30 pixels, expected even ones, as MP4 files need; choose another size, for "
+        "example multiples of 10"
+    )
+    write_video("given.MP4", clip(2, 26, 36), fps=8)
+    line = refused(capsys, [*arguments, "--size", "1x25x25", "--given", "2=given.MP4", "--out", "out"])
+    assert line == (
+        "--given: given.MP4, of 3 x 25 x 35 as it is read: got a video of 25 x 35 pixels, expected even ones, as MP4 "
+        "files need; crop or scale the file, for example to multiples of 10"
+    )
     assert not (tmp_path / "out").exists()
     assert main(["generate", *arguments, "--size", "1x25x25", "--out", "out"]) == 0
     assert not (tmp_path / "out" / "scene.mp4").exists()

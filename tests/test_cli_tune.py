@@ -2,22 +2,26 @@
 
 import io
 import json
+import re
 import shutil
 import sys
+import weakref
 import zlib
 from contextlib import redirect_stdout
 from dataclasses import asdict, replace
 from textwrap import dedent
+from types import FunctionType
 
 import pytest
 import torch
 
-import lct_core.training
+import lct_core.cli.tune
 from lct_core.cli import main
-from lct_core.cli.source import make
-from lct_core.data import VideoScene, write_scene
+from lct_core.cli.source import ModelCard, fit_codec, small_mmdit
+from lct_core.codec import LinearCodec
+from lct_core.data import SceneFolders, VideoScene, write_scene
 from lct_core.script import Script, ScriptShot
-from lct_core.training import Stage, load_checkpoint, loop, paper_stages
+from lct_core.training import Stage, load_checkpoint, loop, paper_stages, save_checkpoint
 
 pytest.importorskip("av")
 
@@ -73,7 +77,7 @@ def asked(monkeypatch):
     def tune(out, model, stages, data, codec, **options):
         calls.update(out=out, model=model, stages=stages, data=data, codec=codec, **options)
 
-    monkeypatch.setattr(lct_core.training, "tune", tune)
+    monkeypatch.setattr(lct_core.cli.tune, "tune", tune)
     return calls
 
 
@@ -146,15 +150,19 @@ def test_checkpoints_say_how_to_make_the_model_again(tuned):
         assert saved["stage"] == name
         assert saved["pattern"] == ("context_causal" if name == "causal" else "bidirectional")
         about = saved["about"]
-        assert about["scheme"] == "anchored"
-        assert {key: about[key] for key in ("size", "area", "multiple", "fps", "max_frames")} == {
+        assert about["scenes"] == ["scene_1", "scene_2", "scene_3"]
+        assert about["single_shots"] == []
+        card = ModelCard.from_state(about, out / f"{name}.pt")
+        assert {**vars(card), "source": None} == {
+            "source": None,
+            "scheme": "anchored",
             "size": [4, 32, 48],
             "area": 64 * 64,
             "multiple": 8,
             "fps": 12.0,
             "max_frames": 125,
         }
-        model, codec = make(about["source"], scheme=about["scheme"])
+        model, codec = card.build()
         model.backbone.load_state_dict(saved["model"])
         codec.text("Character 1: a red square goes left. [SHOT CUT] The square moves.")
         found[name] = saved["model"]
@@ -256,8 +264,10 @@ def test_bf16_is_another_arithmetic(tuned, data, tmp_path):
     out, _ = tuned
     assert main(["tune", str(data), *FEW, "--bf16", "--out", "run"]) == 0
     assert not same(weights(tmp_path / "run" / "causal.pt"), weights(out / "causal.pt"))
-    for rough, exact in zip(log(tmp_path / "run"), log(out), strict=True):
-        assert rough["loss"] == pytest.approx(exact["loss"], rel=4 * 2**-8)  # bfloat16 has 8 bits
+    rough, exact = log(tmp_path / "run"), log(out)
+    assert [row["kind"] for row in rough] == [row["kind"] for row in exact]
+    for i in range(STAGES["single_shot"]):  # later the weights have gone apart: Adam's first steps take signs alone
+        assert rough[i]["loss"] == pytest.approx(exact[i]["loss"], rel=4 * 2**-8)  # bfloat16 has 8 bits
 
 
 def test_checkpointing_changes_nothing_but_memory(tuned, data, asked, tmp_path, monkeypatch):
@@ -299,7 +309,28 @@ def test_bad_scenes_can_be_left_out(data, asked, tmp_path, capsys):
     assert lines[1].startswith("skipped broken/scene_2: shot 2 of scene_2: broken/scene_2/shot_2.mp4: can't be decoded")
     assert lines[2].startswith("skipped broken/scene_10: broken/scene_10/script.txt: no such file")
     assert lines[3] == "2 of 4 scenes skipped"
-    assert [scene.name for scene in asked["data"]] == ["scene_1", "scene_3"]
+    assert [scene.name for scene in asked["data"]] == asked["about"]["scenes"] == ["scene_1", "scene_3"]
+
+
+def test_no_more_than_a_scene_is_held_at_once(data, monkeypatch):
+    """Where scenes don't fit into memory, each reading is let go before the next."""
+    alive, most = weakref.WeakSet(), 0
+    read = SceneFolders._read
+
+    def counted(self, folder):
+        nonlocal most
+        scene = read(self, folder)
+        alive.add(scene)
+        most = max(most, len(alive))
+        return scene
+
+    scenes = SceneFolders(data, multiple=8, memory=0)
+    kept = fit_codec([*scenes], patch=8)
+    monkeypatch.setattr(SceneFolders, "_read", counted)
+    codec = fit_codec(scenes, patch=8)
+    assert most == 2  # the next is there before the last goes
+    assert codec.vocabulary == kept.vocabulary
+    assert torch.equal(codec.components, kept.components)
 
 
 # --- going on ---
@@ -336,6 +367,92 @@ def test_a_finished_run_can_be_resumed_and_stays(tuned, data, tmp_path):
     assert log(run) == log(tuned[0])
 
 
+def test_a_resumed_run_keeps_its_codec(tuned, data, tmp_path, monkeypatch):
+    """Another number of threads would fit it differently in the last bits."""
+    run = shutil.copytree(tuned[0], tmp_path / "run")
+
+    def fit(*_, **__):
+        raise AssertionError("fitted again")
+
+    monkeypatch.setattr(LinearCodec, "fit", fit)
+    assert main(["tune", str(data), *FEW, "--resume", "--out", "run"]) == 0
+    assert same(weights(run / "causal.pt"), weights(tuned[0] / "causal.pt"))
+
+
+def test_other_data_of_the_same_size_are_another_run(tuned, data, tmp_path, capsys):
+    shutil.copytree(tuned[0], tmp_path / "run")
+    moved = shutil.copytree(data, tmp_path / "moved")
+    assert main(["tune", "moved", *FEW, "--resume", "--out", "run"]) == 0
+    capsys.readouterr()
+    (moved / "scene_3").rename(moved / "scene_4")
+    line = refused(capsys, ["moved", *FEW, "--resume", "--out", "run"])
+    assert "about.scenes[2] = 'scene_3', not 'scene_4'" in line
+    shutil.copytree(data / "scene_1", moved / "scene_5")
+    line = refused(capsys, ["moved", *FEW, "--resume", "--out", "run"])
+    assert "3 entries in about.scenes, not 4" in line
+
+
+def test_a_checkpoint_that_does_not_say_how_to_make_its_model(tuned, data, tmp_path, capsys):
+    run = shutil.copytree(tuned[0], tmp_path / "run")
+    saved = load_checkpoint(run / "checkpoint.pt")
+    save_checkpoint(run / "checkpoint.pt", {**saved, "about": {}})
+    line = refused(capsys, [data, *FEW, "--resume", "--out", "run"])
+    assert line.startswith("run/checkpoint.pt: does not say its model's source, scheme, size, area, multiple, fps, m")
+
+
+# --- the card ---
+
+
+CARD = {"scheme": "paper", "size": [4, 32, 48], "area": 4096, "multiple": 8, "fps": 12.0, "max_frames": 125}
+
+
+def test_a_card_there_and_back():
+    codec = LinearCodec(mean=torch.zeros(12), components=torch.eye(12)[:3], vocabulary=["a", "wall"], length=2)
+    source = small_mmdit(codec, width=24, depth=1, heads=2)
+    state = ModelCard(source=source, **CARD).state()
+    card = ModelCard.from_state({**state, "scenes": ["scene_1"]}, "model.pt")
+    assert {**card.state(), "source": None} == {"source": None, **CARD}
+    assert card.reading == {name: CARD[name] for name in ("area", "multiple", "fps", "max_frames")}
+    model, made = card.build(gradient_checkpointing=True)
+    assert (model.scheme, model.gradient_checkpointing, model.batch_shots) == ("paper", True, True)
+    assert len(model.backbone.blocks) == 1
+    assert torch.equal(made.text("A wall"), codec.text("A wall"))
+    assert torch.equal(made.encode(torch.ones(3, 1, 4, 4)), codec.encode(torch.ones(3, 1, 4, 4)))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"source": {}}, "source: got {}, expected a dict with ['factory'] or ['backbone', 'codec', 'options']"),
+        ({"source": "a:b"}, "source: got 'a:b', expected a dict with"),
+        ({"source": {"factory": "a:b", "codec": {}}}, "source: got ['codec', 'factory'], expected a dict with"),
+        ({"source": {"factory": None}}, "source: got ['factory'], expected a string for factory or backbone"),
+        ({"source": {"backbone": "mmdit", "options": {}, "codec": {"mean": 0}}}, "source: expected options as a dict"),
+        ({"scheme": "mine"}, "scheme: got 'mine'"),
+        ({"size": [4, 32]}, "size: got [4, 32], expected frames, height and width, like [4, 64, 64]"),
+        ({"size": 4}, "size: got 4, expected frames, height and width"),
+        ({"size": [4, 32, 0]}, "size: got [4, 32, 0], expected frames, height and width"),
+        ({"area": None}, "area: got None, expected an int of at least 1"),
+        ({"multiple": 8.0}, "multiple: got 8.0, expected an int of at least 1"),
+        ({"max_frames": True}, "max_frames: got True, expected an int of at least 1"),
+        ({"fps": 0}, "fps: got 0, expected a positive number of frames per second"),
+        ({"fps": float("nan")}, "fps: got nan, expected a positive number of frames per second"),
+    ],
+)
+def test_a_card_that_makes_no_sense(change, words):
+    about = {"source": {"factory": "a:b"}, **CARD, **change}
+    with pytest.raises(ValueError, match="^" + re.escape(words)):
+        ModelCard(**about)
+    words = f"model.pt: what it says of its model makes no sense: {words}"
+    with pytest.raises(ValueError, match="^" + re.escape(words)):
+        ModelCard.from_state(about, "model.pt")
+
+
+def test_a_card_that_lacks_something():
+    with pytest.raises(ValueError, match=r"^model\.pt: does not say its model's source, fps, expected a file of lct"):
+        ModelCard.from_state({name: value for name, value in CARD.items() if name != "fps"}, "model.pt")
+
+
 # --- a model of one's own ---
 
 FACTORIES = """
@@ -356,6 +473,26 @@ FACTORIES = """
 
     def adapted():
         return registry().adapter(model()), codec()
+
+    class Late(LinearCodec):
+        def encode(self, frames):
+            from WORDS_OF import SCALE
+            return super().encode(frames) * SCALE
+
+    def late():
+        return model(), Late(**codec().state())
+
+    class Broken(LinearCodec):
+        def encode(self, frames):
+            return torch.ones(2) + torch.ones(3)
+
+    def broken_codec():
+        return model(), Broken(**codec().state())
+
+    def broken_model():
+        made = model()
+        made.register_forward_pre_hook(lambda *_: torch.ones(2) + torch.ones(3))
+        return made, codec()
 
     def fails():
         raise RuntimeError("no\\nluck")
@@ -429,10 +566,69 @@ def test_a_model_and_an_adapter_of_ones_own(data, tmp_path, factory):
         ("{}:unknown_model", "no backbone handles torch.nn.modules.linear.Linear; there are: mmdit: "),
         ("{}:other_channels", "expected [batch, 3, frames, height, width]"),
         ("{}:other_words", "prompt: "),
+        ("{}:broken_codec", "MODULE:FACTORY: the model or the codec of {}:broken_codec raised RuntimeError: The size "),
+        ("{}:broken_model", "MODULE:FACTORY: the model or the codec of {}:broken_model raised RuntimeError: The size "),
+        ("{}:broken_codec", "/{}.py:"),
     ],
 )  # fmt: skip
 def test_a_factory_that_does_not_fit(data, capsys, factory, made, words):
     assert words.format(factory) in refused(capsys, [data, "--model", made.format(factory), *FEW])
+
+
+def test_what_a_model_or_codec_imports_late(data, tmp_path, factory):
+    module = tmp_path / f"{factory}.py"
+    module.write_text(module.read_text().replace("WORDS_OF", f"{factory}_scale"))
+    (tmp_path / f"{factory}_scale.py").write_text("SCALE = 0.5")
+    path = [*sys.path]
+    assert main(["tune", str(data), "--model", f"{factory}:late", *FEW, "--out", "run"]) == 0
+    assert sys.path == path
+    del sys.modules[f"{factory}_scale"]
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_mistake_of_the_library_shows(data, factory, monkeypatch, own):
+    def mistaken(*_, **__):
+        return torch.ones(2) + torch.ones(3)
+
+    monkeypatch.setattr(loop, "tuning_loss", FunctionType(mistaken.__code__, vars(loop)))
+    with pytest.raises(RuntimeError, match="The size of tensor"):
+        main(["tune", str(data), *(["--model", f"{factory}:make"] if own else []), *FEW])
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has none.\nIf reserved"),
+            "CUDA out of memory. Tried to allocate 20.00 MiB",
+        ),
+        (None, "DefaultCPUAllocator: can't allocate memory: you tried to allocate 4000000000000000000 bytes"),
+    ],
+    ids=["of a GPU", "of the CPU"],
+)
+@pytest.mark.parametrize("own", [False, True])
+def test_out_of_memory_is_one_line(data, factory, capsys, monkeypatch, error, said, own):
+    def too_large(*_, **__):
+        if error is not None:
+            raise error
+        torch.empty(10**18)
+
+    monkeypatch.setattr(loop, "tuning_loss", too_large)
+    line = refused(capsys, [data, *(["--model", f"{factory}:make"] if own else []), *FEW])
+    assert line.startswith("--device: cpu is out of memory; lower --area, --max-frames, --max-shots, --scene-batch or")
+    assert line.endswith(f"{said})")
+
+
+def test_a_misspelt_model_is_refused_before_scenes_are_read(data, factory, capsys, monkeypatch):
+    monkeypatch.setattr(lct_core.cli.tune, "SceneFolders", None)
+    assert "has no 'mak'" in refused(capsys, [data, "--model", f"{factory}:mak"])
+
+
+def test_weights_are_drawn_whatever_the_machine_has(data, asked, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)  # torch warns of slowness where it is to fork them all
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: None)
+    assert main(["tune", str(data), *FEW]) == 0
 
 
 # --- bad input ---
@@ -447,7 +643,7 @@ def test_a_factory_that_does_not_fit(data, capsys, factory, made, words):
         (["DATA/scene_1"], "DATA/scene_1: no scene folder, expected one folder per scene"),
         (["DATA/scene_1/script.txt"], "DATA/scene_1/script.txt: no such folder, expected a folder of scene folders"),
         (["DATA", "--single-shots", "nowhere"], "nowhere: no such folder, expected a folder of scene folders"),
-        (["DATA", "--steps", "-1"], "Invalid value for '--steps': -1 is not in the range x>=0."),
+        (["DATA", "--steps", "-1"], "Invalid value for '--steps': -1 is not in the range 0<=x"),
         (["DATA", "--steps", "0", "--single-shot-steps", "0", "--causal-steps", "0"], "--steps: got no step in any st"),
         (["DATA", "--learning-rate", "0"], "Invalid value for '--learning-rate': 0.0 is not in the range x>0."),
         (["DATA", "--learning-rate", "nan"], "Invalid value for '--learning-rate': 'nan' is not a finite number."),
@@ -467,7 +663,7 @@ def test_a_factory_that_does_not_fit(data, capsys, factory, made, words):
         (["DATA", "--device", "nowhere"], "--device: got 'nowhere', which torch can't use here: "),
         (["DATA", "--device", "meta"], "--device: got 'meta', which torch can't use here: "),
         (["DATA", "--out", "file"], "Invalid value for '--out': Directory 'file' is a file."),
-        (["DATA", "--resume"], "runs/tune/checkpoint.pt: no such file, expected a checkpoint that lct tune wrote"),
+        (["DATA", "--resume"], "runs/tune/checkpoint.pt: no such file, expected the checkpoint of a run to resume"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line(data, tmp_path, capsys, options, words):
@@ -512,7 +708,8 @@ def test_all_scenes_are_bad(tmp_path, capsys):
         (["--resume", "--seed", "1"], "its run has seed = 0, not 1;"),
         (["--resume", "--scheme", "paper"], "about.scheme = 'anchored', not 'paper'"),
         (["--resume", "--fps", "6"], "about.fps = 12.0, not 6.0"),
-        (["--resume", "--single-shots", "other"], "another about.source.codec.mean"),
+        (["--resume", "--single-shots", "other"], "0 entries in about.single_shots, not 1"),
+        (["--resume", "--model", "own:make"], "--model: got own:make, but run/checkpoint.pt is of a run without --m"),
     ],
 )  # fmt: skip
 def test_another_run_in_the_way(tuned, data, tmp_path, capsys, options, words):

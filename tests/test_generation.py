@@ -13,10 +13,23 @@ from hypothesis import strategies as st
 
 from lct_backbones.mmdit import tiny
 from lct_core import KVCache, Shot, ShotInput, generation, retrofit, selected_history, shot_noise
+from lct_core import cache as cache_module
 from lct_core.codec import Codec, LinearCodec
-from lct_core.generation import Guidance, Step, autoregressive, causal, conditional, euler, joint, recent
+from lct_core.generation import (
+    Guidance,
+    Step,
+    autoregressive,
+    causal,
+    conditional,
+    euler,
+    joint,
+    negative_texts,
+    recent,
+    start_scene,
+)
+from lct_core.generation.common import history_noise
 from lct_core.generation.history import choose
-from lct_core.generation.scene import negative_texts, start_scene
+from lct_core.noise import keyed_generator
 from lct_core.script import Script, ScriptShot
 from lct_core.testing.definition import definition
 from lct_core.testing.strategies import shots
@@ -68,45 +81,56 @@ def worst(got, expected):
     return max(error(x, y) for x, y in zip(got, expected, strict=True) if y is not None)
 
 
-# The definitions: loops over steps, with all shots in one call.
+# The definitions: loops over steps, with all shots in one call. What they keep from step to step is float32.
 
 
 def velocity(model, shots, levels, *, pattern, guidance=None):
     """Plain classifier-free guidance: two calls, in the second of which every text is a negative one."""
-    positive = model(shots, levels, pattern=pattern)
+    positive = [None if v is None else v.float() for v in model(shots, levels, pattern=pattern)]
     if guidance is None:
         return positive
     scale, text, overall = guidance
-    negative = [replace(shot, text=overall if shot.role == "global" else text) for shot in shots]
+    negative = [replace(s, text=(overall if s.role == "global" else text).to(s.text)) for s in shots]
     said = zip(positive, model(negative, levels, pattern=pattern), strict=True)
-    return [None if p is None else n + scale * (p - n) for p, n in said]
+    return [None if p is None else n.float() + scale * (p - n.float()) for p, n in said]
+
+
+def noised(latents, noise, t_c):
+    """A clean shot at the level of a condition, in float32 at least."""
+    wide = torch.promote_types(latents.dtype, torch.float32)
+    held = torch.tensor(t_c / 1000, dtype=torch.float32).to(wide)
+    return (1 - held) * latents.to(wide) + held * noise.to(wide)
+
+
+def fresh(shot, i, seed):
+    """Another noise than the one that a generated shot started from: by its index in the scene."""
+    noise = torch.randn(shot.latents.shape, generator=keyed_generator("history", seed, i), dtype=torch.float32)
+    return noise.to(shot.latents)
 
 
 @torch.no_grad()
 def at_once(model, scene, given, *, steps, t_c=100.0, pattern="bidirectional", guidance=None):
     """All shots that are not given, from those that are, at one noise level."""
-    scene, held = list(scene), torch.tensor(t_c / 1000)
-    for i, latents in given.items():
-        scene[i] = replace(scene[i], latents=(1 - held) * latents + held * scene[i].latents)
+    state = {i: shot.latents.float() for i, shot in enumerate(scene) if shot.role == "shot"}
+    state |= {i: noised(latents, scene[i].latents, t_c) for i, latents in given.items()}
     for step in range(steps):
         t = 1 - step / steps
         levels = [0.0 if shot.role == "global" else t_c / 1000 if i in given else t for i, shot in enumerate(scene)]
-        change = velocity(model, scene, torch.tensor(levels), pattern=pattern, guidance=guidance)
-        for i, shot in enumerate(scene):
-            if shot.role == "shot" and i not in given:
-                scene[i] = replace(shot, latents=shot.latents - change[i] / steps)
-    return [None if shot.role == "global" else given.get(i, shot.latents) for i, shot in enumerate(scene)]
+        now = [replace(s, latents=state[i].to(s.latents)) if i in state else s for i, s in enumerate(scene)]
+        change = velocity(model, now, torch.tensor(levels), pattern=pattern, guidance=guidance)
+        state |= {i: z - change[i] / steps for i, z in state.items() if i not in given}
+    return [given.get(i, state.get(i)) for i in range(len(scene))]
 
 
 def with_dummy_video(scene):
     """A global shot's video: zeros, one latent frame, as large as the scene's first shot, whichever shots are seen."""
     first, *rest = scene
     if first.role != "global":
-        return scene
+        return list(scene)
     return [replace(first, latents=torch.zeros_like(rest[0].latents[:, :, :1])), *rest]
 
 
-def one_by_one(model, scene, given, *, seen, **options):
+def one_by_one(model, scene, given, *, seen, seed=0, **options):
     """Shot after shot, every step with the history in the call; with context-causal attention: causal, uncached."""
     done, scene = dict(given), with_dummy_video(scene)
     for i, shot in enumerate(scene):
@@ -114,23 +138,27 @@ def one_by_one(model, scene, given, *, seen, **options):
             row = [j for j in range(i) if scene[j].role == "global"] + list(seen(i)) + [i]
             history = {place: done[j] for place, j in enumerate(row) if j in done}
             done[i] = at_once(model, [scene[j] for j in row], history, **options)[-1]
+            scene[i] = replace(shot, latents=fresh(shot, i, seed))
     return [done.get(i) for i in range(len(scene))]
 
 
 @torch.no_grad()
-def by_hand(model, scene, given, *, seen, steps, t_c=100.0, guidance=None):
+def by_hand(model, scene, given, *, seen, steps, t_c=100.0, guidance=None, seed=0):
     """Causal with any history: a cache for each branch, in which a shot stays as it was written."""
     scale, text, overall = guidance or (1, None, None)
     caches = [KVCache() for _ in range(1 if guidance is None else 2)]
-    held, result, scene = torch.tensor([t_c / 1000]), [], with_dummy_video(scene)
+    result, scene = [], with_dummy_video(scene)
 
     def look(i, latents, t):
-        worded = [scene[i].text, overall if scene[i].role == "global" else text][: len(caches)]
+        shot = replace(scene[i], latents=latents.to(scene[i].latents))
+        worded = [shot.text, overall if shot.role == "global" else text][: len(caches)]
         said = [
-            model([replace(scene[i], latents=latents, text=words)], t, pattern="context_causal", cache=cache)[0]
+            model([replace(shot, text=words.to(shot.text))], t, pattern="context_causal", cache=cache)[0]
             for words, cache in zip(worded, caches, strict=True)
         ]
-        return said[0] if len(said) == 1 or said[0] is None else said[1] + scale * (said[0] - said[1])
+        if said[0] is None:
+            return None
+        return said[0].float() if len(said) == 1 else said[1].float() + scale * (said[0].float() - said[1].float())
 
     for i, shot in enumerate(scene):
         if shot.role == "global":
@@ -139,11 +167,11 @@ def by_hand(model, scene, given, *, seen, steps, t_c=100.0, guidance=None):
         else:
             for cache in caches:
                 cache.select([*[j for j in range(i) if scene[j].role == "global"], *seen(i)])
-            latents, level = given.get(i, shot.latents), held
+            latents, level = given.get(i, shot.latents.float()), torch.tensor([t_c / 1000])
             for step in range(0 if i in given else steps):
                 latents = latents - look(i, latents, torch.tensor([1 - step / steps])) / steps
             result.append(latents)
-            latents = (1 - held) * latents + held * shot.latents
+            latents = noised(latents, shot.latents if i in given else fresh(shot, i, seed), t_c)
         look(i, latents, level)
         for cache in caches:
             cache.append(i)
@@ -186,6 +214,9 @@ varied = pytest.mark.parametrize(  # every pair of them; test_any_scene_by_its_d
 both_schemes = pytest.mark.parametrize("scheme", SCHEMES)
 with_and_without_global = pytest.mark.parametrize("with_global", [False, True])
 guided_or_not = pytest.mark.parametrize("guided", [False, True])
+every_mode = pytest.mark.parametrize("mode", MODES)
+shot_after_shot = pytest.mark.parametrize("mode", SHOT_AFTER_SHOT)
+conditioned = pytest.mark.parametrize("mode", ["conditional", *SHOT_AFTER_SHOT])
 
 
 @varied
@@ -222,7 +253,7 @@ def test_joint_by_the_scene_models_own_definition(scheme, with_global):
         ([0], 100, "bidirectional"),
         ([1, 2], 500, "bidirectional"),
         ([3, 0, 1], 1000, "bidirectional"),
-        ([2], 0, "context_causal"),
+        ([1, 0], 0, "context_causal"),
     ],
 )
 def test_conditional(scheme, with_global, guided, pattern, places, t_c):
@@ -240,10 +271,10 @@ def test_conditional(scheme, with_global, guided, pattern, places, t_c):
     [
         ([], 9, "bidirectional"),
         ([0, 1], 9, "bidirectional"),
-        ([2], 3, "bidirectional"),
+        ([0, 1, 2], 3, "bidirectional"),
         ([], 2, "bidirectional"),
-        ([1], 1, "bidirectional"),
-        ([1], 9, "context_causal"),
+        ([0], 1, "bidirectional"),
+        ([0], 9, "context_causal"),
     ],
 )
 def test_autoregressive(scheme, with_global, guided, pattern, places, window):
@@ -257,7 +288,7 @@ def test_autoregressive(scheme, with_global, guided, pattern, places, window):
 
 
 @varied
-@pytest.mark.parametrize(("places", "t_c"), [([], 100.0), ([0, 1], 500.0), ([2], 0.0), ([1, 3], 100.0)])
+@pytest.mark.parametrize(("places", "t_c"), [([], 100.0), ([0, 1], 500.0), ([0], 0.0), ([2, 0, 1], 100.0)])
 def test_causal_equals_running_everything_again(scheme, with_global, guided, places, t_c):
     model, scene, steps = scene_model(scheme), draw(*FOUR, with_global=with_global), 2
     given = clean(scene, *[i + with_global for i in places])
@@ -279,7 +310,7 @@ def test_causal_equals_running_everything_again(scheme, with_global, guided, pla
     ("places", "chosen"),
     [
         ([], {0: [], 1: [0], 2: [1], 3: [2]}),
-        ([1], {0: [], 1: [], 2: [1, 0], 3: [2, 0]}),
+        ([0, 1], {0: [], 1: [], 2: [1, 0], 3: [2, 0]}),
         ([0], {0: [], 1: [0], 2: [], 3: [1, 2, 0]}),  # what was dropped comes back
     ],
 )
@@ -296,7 +327,7 @@ def test_causal_with_a_selection_keeps_every_shot_as_it_was_written(scheme, with
         model,
         scene,
         given,
-        history=lambda before: seen(len(before) + with_global),
+        history=lambda shot, before: seen(shot),
         guidance=guidance and guide(*guidance),
         **options,
     )
@@ -316,37 +347,39 @@ def test_causal_puts_selected_shots_side_by_side(scheme):
         *history, last = range(row.num_shots)
         return selected_history(row, [[]] * last + [history])
 
-    got = causal(model, scene, history=lambda before: chosen[len(before)], steps=2)
+    got = causal(model, scene, history=lambda shot, before: chosen[shot], steps=2)
     by_definition = partial(one_by_one, model, scene, {}, steps=2, pattern=alone)
     bound = FLOAT32["cached"].absolute + FLOAT32["moved keys"].absolute
     assert worst(got, by_definition(seen=chosen.get)) <= 2 * bound  # in each of two steps
     assert worst(got, by_definition(seen=partial(earlier, scene))) > 1e-3
 
 
-@pytest.mark.parametrize("mode", SHOT_AFTER_SHOT)
+@shot_after_shot
 @with_and_without_global
 def test_nine_shots_are_seen_by_default(mode, with_global):
     scene = draw(*[Shot(1, (1, 1, 1))] * 10, with_global=with_global)
     generate = partial(MODES[mode], scene_model(), scene, clean(scene, *earlier(scene, len(scene) - 1)), steps=1)
     got = generate()
-    assert same(got, generate(history=lambda before: before[-8:]))
-    for others in (generate(history=lambda before: before[-7:]), generate(history=lambda before: before)):
+    assert same(got, generate(history=lambda shot, before: before[-8:]))
+    for others in (generate(history=lambda shot, before: before[-7:]), generate(history=lambda shot, before: before)):
         assert worst(got, others) > 1e-3
 
 
-@pytest.mark.parametrize("mode", SHOT_AFTER_SHOT)
+@shot_after_shot
 @with_and_without_global
 def test_a_history_is_asked_with_the_scenes_own_indices(mode, with_global):
     asked = []
     scene = draw(*FOUR, with_global=with_global)
-    MODES[mode](scene_model(), scene, steps=1, history=lambda before: (asked.append(list(before)), before)[1])
+    MODES[mode](
+        scene_model(), scene, steps=1, history=lambda shot, before: (asked.append((shot, list(before))), before)[1]
+    )
     everyone = list(range(with_global, with_global + 4))
-    assert asked == [everyone[:n] for n in range(4)]
+    assert asked == [(shot, everyone[:n]) for n, shot in enumerate(everyone)]
 
 
 @drawn(before=st.lists(st.integers(0, 99), unique=True).map(sorted), window=st.integers(1, 12))
 def test_recent(before, window):
-    seen = list(recent(window)(before))
+    seen = list(recent(window)(100, before))
     assert seen == [i for n, i in enumerate(before) if n + window > len(before)]
     assert choose(recent(window), [*before, 100, 101], 100) == seen
 
@@ -357,13 +390,13 @@ def test_a_history_chooses_among_earlier_shots_in_any_order(data, scene):
     chosen = data.draw(st.lists(st.sampled_from(scene), max_size=4))
     before_it = [i for i in scene if i < shot]
     if set(chosen) <= set(before_it) and len(set(chosen)) == len(chosen):
-        assert choose(lambda before: tuple(chosen), scene, shot) == chosen
+        assert choose(lambda shot, before: tuple(chosen), scene, shot) == chosen
     else:
         with pytest.raises(ValueError, match=rf"^history: got \[.*\] for shot {shot}, expected "):
-            choose(lambda before: chosen, scene, shot)
+            choose(lambda shot, before: chosen, scene, shot)
 
 
-@pytest.mark.parametrize("mode", SHOT_AFTER_SHOT)
+@shot_after_shot
 @pytest.mark.parametrize(
     ("chosen", "message"),
     [
@@ -375,19 +408,155 @@ def test_a_history_chooses_among_earlier_shots_in_any_order(data, scene):
 )
 def test_refuses_a_history_of_other_shots(mode, chosen, message):
     with pytest.raises(ValueError, match=message):
-        MODES[mode](scene_model(), draw(*FOUR, with_global=True), steps=1, history=lambda before: chosen)
+        MODES[mode](scene_model(), draw(*FOUR, with_global=True), steps=1, history=lambda shot, before: chosen)
 
 
-@pytest.mark.parametrize("mode", SHOT_AFTER_SHOT)
+@shot_after_shot
 def test_refuses_a_history_with_a_shot_twice(mode):
+    scene = draw(*FOUR, with_global=False)
     with pytest.raises(ValueError, match=r"^history: got \[0, 0\] for shot 1, expected every shot once"):
-        MODES[mode](scene_model(), draw(*FOUR, with_global=False), steps=1, history=lambda before: [*before, *before])
+        MODES[mode](scene_model(), scene, steps=1, history=lambda shot, before: [*before, *before])
 
 
 @pytest.mark.parametrize("window", [0, -1])
 def test_refuses_an_empty_window(window):
     with pytest.raises(ValueError, match=rf"^window: got {window}, expected at least 1, the current shot"):
         recent(window)
+
+
+# The noise of the history.
+
+
+@shot_after_shot
+@with_and_without_global
+def test_another_seed_changes_every_shot_but_the_first(mode, with_global):
+    scene = draw(*FOUR, with_global=with_global)
+    generate = partial(MODES[mode], scene_model(), scene, steps=2)
+    plain, same_seed, other = generate(t_c=300.0), generate(t_c=300.0, seed=0), generate(t_c=300.0, seed=1)
+    assert same(plain, same_seed)
+    first = with_global + 1
+    assert same(plain[:first], other[:first])
+    assert all(error(x, y) > 1e-3 for x, y in zip(plain[first:], other[first:], strict=True))
+    assert same(generate(t_c=0), generate(t_c=0, seed=1))  # a clean history has none
+
+
+@shot_after_shot
+def test_given_shots_do_not_depend_on_the_seed(mode):
+    scene = draw(*FOUR, with_global=True)
+    generate = partial(MODES[mode], scene_model(), scene, clean(scene, 1, 2, 3), steps=2, t_c=300.0)
+    assert same(generate(), generate(seed=1))
+
+
+@shot_after_shot
+@with_and_without_global
+def test_a_generated_shots_history_has_another_noise_than_it_started_from(mode, with_global):
+    """At t_c = 1000 the history is its noise; a given shot's is the one that the scene has."""
+    counts = [Shot(1, (4, 8, 8)), Shot(1, (1, 1, 1))]
+    scene = draw(*counts, with_global=with_global)
+    start, i = scene[with_global].latents, int(with_global)
+
+    def history(given, **options):
+        """What stood for the first shot in the last call that had it."""
+        watched = Watched(scene_model())
+        MODES[mode](watched, scene, given, steps=1, t_c=1000, **options)
+        seen = [shot.latents for shots, _ in watched.calls for shot in shots if shot.role == "shot"]
+        return [z for z in seen if z.shape == start.shape][-1]
+
+    def correlation(x, y):
+        return torch.corrcoef(torch.stack([x.flatten(), y.flatten()]))[0, 1].abs()
+
+    noise = history({})
+    assert torch.equal(noise, fresh(scene[i], i, 0))
+    assert torch.equal(history({}, seed=7), fresh(scene[i], i, 7))
+    assert correlation(noise, start) < 5 / start.numel() ** 0.5
+    assert abs(noise.mean()) < 5 / start.numel() ** 0.5
+    assert abs(noise.std() - 1) < 5 / start.numel() ** 0.5
+    assert torch.equal(history(clean(scene, i)), start)
+
+
+def test_shots_and_seeds_have_history_noise_of_their_own():
+    (shot,) = draw(FOUR[0], with_global=False)
+    draws = [history_noise(shot, i, seed) for i in range(3) for seed in (0, 1, 2**40)]
+    assert len({z.flatten()[0].item() for z in draws}) == 9
+    half = replace(shot, latents=shot.latents.bfloat16())
+    assert torch.equal(history_noise(half, 2, 0), history_noise(shot, 2, 0))  # whatever the scene's dtype
+
+
+# Half precision.
+
+
+def halved(scene):
+    return [
+        replace(s, text=s.text.bfloat16(), latents=None if s.latents is None else s.latents.bfloat16()) for s in scene
+    ]
+
+
+@once
+def half_model():
+    return retrofit(tiny().bfloat16())
+
+
+def expected_in(mode, model, scene, given, **options):
+    """Any mode's definition."""
+    if mode in ("joint", "conditional"):
+        return at_once(model, scene, given, **options)
+    return (by_hand if mode == "causal" else one_by_one)(model, scene, given, seen=partial(earlier, scene), **options)
+
+
+@every_mode
+@with_and_without_global
+@guided_or_not
+def test_a_half_precision_model_and_a_float32_state(mode, with_global, guided):
+    """The model gets its own dtype; what becomes of the shots is kept, stepped and guided in float32."""
+    scene, given = case(mode, with_global)
+    scene, watched, told = halved(scene), Watched(half_model()), []
+    options = {"steps": 3} if mode == "joint" else {"steps": 3, "t_c": 300.0}
+    guidance = negatives() if guided else None
+    got = run(mode, watched, scene, given, guidance=guidance and guide(*guidance), callback=told.append, **options)
+    taken = [x for shots, _ in watched.calls for shot in shots for x in (shot.text, shot.latents) if x is not None]
+    assert {x.dtype for x in taken} == {torch.bfloat16}
+    assert {z.dtype for z in [*got, *(z for step in told for z in step.latents)] if z is not None} == {torch.float32}
+    assert same(got, expected_in(mode, half_model(), scene, given, guidance=guidance, **options))
+    made = [z for i, z in enumerate(got) if z is not None and i not in given]
+    assert not any(torch.equal(z, z.bfloat16().float()) for z in made)
+
+
+@conditioned
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_given_shots_of_any_dtype(mode, half, dtype):
+    scene, given = case(mode)
+    scene, model = (halved(scene), half_model()) if half else (scene, scene_model())
+    given, watched = {i: z.to(dtype) for i, z in given.items()}, Watched(model)
+    got = run(mode, watched, scene, given, steps=2, t_c=300.0)
+    called = {shot.latents.dtype for shots, _ in watched.calls for shot in shots if shot.latents is not None}
+    assert called == {scene[1].latents.dtype}
+    assert all(got[i] is z for i, z in given.items())
+    assert all(z.dtype == torch.float32 for i, z in enumerate(got) if z is not None and i not in given)
+    assert same(got, expected_in(mode, model, scene, given, steps=2, t_c=300.0))
+
+
+@every_mode
+def test_a_finer_scene_is_kept_as_fine(mode):
+    scene, given = case(mode)
+    fine = [replace(s, text=s.text.double(), latents=None if s.latents is None else s.latents.double()) for s in scene]
+    got = run(mode, retrofit(tiny().double()), fine, given, steps=2)
+    assert all(z.dtype == torch.float64 for i, z in enumerate(got) if z is not None and i not in given)
+    assert worst(got, run(mode, scene_model(), scene, given, steps=2)) < 1e-4
+
+
+@every_mode
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_levels_are_float32_whatever_the_default_dtype(mode, dtype):
+    scene, given = case(mode)
+    expected, watched, before = generated(mode, scene, given), Watched(scene_model()), torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        got = generated(mode, scene, given, model=watched)
+    finally:
+        torch.set_default_dtype(before)
+    assert {t.dtype for _, t in watched.calls} == {torch.float32}
+    assert same(got, expected)
 
 
 # Any scene, any mode.
@@ -399,23 +568,25 @@ def test_any_scene_by_its_definition(data):
     with_global, scheme = data.draw(st.booleans()), data.draw(st.sampled_from(SCHEMES))
     scene = draw(*counts, with_global=with_global, batch=data.draw(st.integers(1, 2)), seed=len(counts))
     every = list(range(with_global, len(scene)))
-    given = clean(scene, *data.draw(st.lists(st.sampled_from(every), unique=True, max_size=len(every) - 1)))
+    anywhere = clean(scene, *data.draw(st.lists(st.sampled_from(every), unique=True, max_size=len(every) - 1)))
+    first = clean(scene, *every[: data.draw(st.integers(0, len(every) - 1))])
     chosen = {i: data.draw(st.permutations(earlier(scene, i))) for i in every}
     chosen = {i: order[: data.draw(st.integers(0, len(order)))] for i, order in chosen.items()}
     guidance = negatives(len(scene[0].text)) if data.draw(st.booleans()) else None
     options = {"steps": data.draw(st.integers(1, 2)), "t_c": data.draw(st.integers(0, 1000))}
     model = scene_model(scheme)
 
-    def by(mode, **more):
+    def by(mode, given, **more):
         return MODES[mode](model, scene, given, guidance=guidance and guide(*guidance), **options, **more)
 
-    history = {"history": lambda before: chosen[every[len(before)]]}
     plain = {"guidance": guidance, **options}
-    assert same(by("conditional"), at_once(model, scene, given, **plain))
-    assert same(by("autoregressive", **history), one_by_one(model, scene, given, seen=chosen.get, **plain))
-    assert same(by("causal", **history), by_hand(model, scene, given, seen=chosen.get, **plain))
-    again = one_by_one(model, scene, given, seen=partial(earlier, scene), pattern="context_causal", **plain)
-    assert worst(by("causal"), again) <= within(options["steps"] * len(every), guidance)
+    assert same(by("conditional", anywhere), at_once(model, scene, anywhere, **plain))
+    options["seed"] = plain["seed"] = data.draw(st.integers(0, 2**40))
+    history = {"history": lambda shot, before: chosen[shot]}
+    assert same(by("autoregressive", first, **history), one_by_one(model, scene, first, seen=chosen.get, **plain))
+    assert same(by("causal", first, **history), by_hand(model, scene, first, seen=chosen.get, **plain))
+    again = one_by_one(model, scene, first, seen=partial(earlier, scene), pattern="context_causal", **plain)
+    assert worst(by("causal", first), again) <= within(options["steps"] * len(every), guidance)
 
 
 # One shot.
@@ -452,12 +623,9 @@ def generated(mode, scene, given, *, guidance=None, model=None, steps=2):
 
 
 def case(mode, with_global=True):
-    """A scene, and what is given of it."""
+    """A scene, and what is given of it: the first shot, or any where shots see later ones."""
     scene = draw(*FOUR, with_global=with_global)
-    return scene, {} if mode == "joint" else clean(scene, 1 + with_global)
-
-
-every_mode = pytest.mark.parametrize("mode", MODES)
+    return scene, {} if mode == "joint" else clean(scene, with_global + (mode == "conditional"))
 
 
 @every_mode
@@ -496,6 +664,33 @@ def test_the_negative_branch_replaces_every_text_and_nothing_else(mode):
             assert torch.equal(other.text, overall if shot.role == "global" else text)
             assert other.latents is shot.latents
             assert (other.role, other.extras) == (shot.role, shot.extras)
+
+
+@every_mode
+@pytest.mark.parametrize("overall", [None, {}, {"pooled": "poor"}])
+def test_a_negative_prompt_replaces_extras_by_name(mode, overall):
+    scene, given = case(mode)
+    scene = [replace(shot, extras={"pooled": i, "fps": 24}) for i, shot in enumerate(scene)]
+    model, extras = retrofit(tiny()), {"pooled": random(1, 16, seed=3)}
+    model.adapter.traits = replace(model.adapter.traits, extras=frozenset({"pooled", "fps"}))
+    watched = Watched(model)
+    generated(
+        mode,
+        scene,
+        given,
+        model=watched,
+        guidance=Guidance(text=negatives()[1], extras=extras, global_extras=overall),
+    )
+    for (positive, _), (negative, _) in zip(watched.calls[::2], watched.calls[1::2], strict=True):
+        for shot, other in zip(positive, negative, strict=True):
+            assert shot.extras in [own.extras for own in scene]
+            put = extras if shot.role == "shot" or overall is None else overall
+            assert other.extras == {**shot.extras, **put}
+
+
+def test_extras_are_left_by_default():
+    scene = [replace(shot, extras={"pooled": 1}) for shot in draw(*FOUR, with_global=True)]
+    assert [shot.extras for shot in Guidance(text=negatives()[1]).negative(scene)] == [{"pooled": 1}] * 5
 
 
 @every_mode
@@ -556,6 +751,19 @@ def test_euler_is_exact_for_a_constant_velocity(steps, rate):
     got = euler(lambda latents, t: [torch.full_like(z, rate) for z in latents], noise, steps=steps)
     for z, start in zip(got, noise, strict=True):
         assert (z - (start - rate)).abs().max() <= 1e-13 * steps  # roundings, one each step
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_euler_does_not_lose_small_steps(dtype):
+    """Half precision would round each of them away."""
+    seen = []
+    (got,) = euler(
+        lambda latents, t: (seen.append(latents[0].dtype), [torch.full_like(latents[0], 0.01)])[1],
+        [torch.ones(1, 1, 1, 1, 1, dtype=dtype)],
+        steps=64,
+    )
+    assert {got.dtype, *seen} == {torch.promote_types(dtype, torch.float32)}
+    assert got.item() == pytest.approx(0.99, abs=1e-5)
 
 
 @pytest.mark.parametrize("rate", [1.0, -1.5, 0.5])
@@ -643,10 +851,26 @@ def test_what_a_callback_is_told(mode, with_global, guided):
 @with_and_without_global
 def test_causal_runs_one_shot_at_a_time_and_its_history_once(with_global):
     scene, watched = draw(*FOUR, with_global=with_global), Watched(scene_model())
-    causal(watched, scene, clean(scene, 1 + with_global), steps=2, t_c=250)
+    causal(watched, scene, clean(scene, int(with_global)), steps=2, t_c=250)
     assert all(len(shots) == 1 for shots, _ in watched.calls)
     steps = [1, 0.5, 0.25]  # then at t_c, for those after it
-    assert [t.item() for _, t in watched.calls] == [0] * with_global + [*steps, 0.25, *steps, *steps[:2]]
+    assert [t.item() for _, t in watched.calls] == [0] * with_global + [0.25, *steps, *steps, *steps[:2]]
+
+
+@guided_or_not
+@with_and_without_global
+@pytest.mark.parametrize("window", [1, 2, 9])
+def test_causal_makes_room_once(monkeypatch, guided, with_global, window):
+    """For all shots at the first call of each branch, whose texts are longer in the negative one."""
+    rooms, make = [], cache_module._room
+    monkeypatch.setattr(cache_module, "_room", lambda x, keep, tokens: (rooms.append(tokens), make(x, keep, tokens))[1])
+    scene, watched = draw(*FOUR, with_global=with_global), Watched(scene_model())
+    guidance = negatives() if guided else None
+    causal(watched, scene, steps=1, guidance=guidance and guide(*guidance), history=recent(window))
+    video = sum(shot.video for shot in FOUR) + with_global * 6
+    tokens = [video + with_global * 4 + sum(shot.text for shot in FOUR), video + with_global * 7 + 4 * 6]
+    stores = 2 * len(watched.adapter.blocks)  # keys and values
+    assert rooms == [n for n in tokens[: 1 + guided] for _ in range(stores)]
 
 
 def test_a_dummy_video_of_ones_own():
@@ -663,10 +887,10 @@ def test_a_dummy_video_of_ones_own():
         assert worst(changed, expected) > 1e-3
 
 
-@pytest.mark.parametrize("mode", ["conditional", *SHOT_AFTER_SHOT])
+@conditioned
 def test_everything_counts(mode):
     """Each thing that a shot is made from changes it, and nothing that it is not made from does."""
-    scene, place = draw(*FOUR, with_global=True), 3
+    scene, place, seeded = draw(*FOUR, with_global=True), 3, {"seed": 1} if mode in SHOT_AFTER_SHOT else {}
 
     def made(scene=scene, shift=0.0, **options):
         given = {1: clean(scene, 1)[1] + shift}
@@ -689,25 +913,38 @@ def test_everything_counts(mode):
         "own noise": made(other(3, latents=random(2, 4, 1, 8, 4, seed=9))),
     }.items():
         assert error(changed, base) > 1e-3, name
+    assert (error(made(**seeded), base) > 1e-3) == bool(seeded)
     later = made(other(4, text=random(2, 5, 16, seed=9)))
     assert torch.equal(later, base) == (mode != "conditional")
     assert torch.equal(made(scene[:4]), base) == (mode != "conditional")
 
 
 @every_mode
-def test_entries_of_a_batch_do_not_mix(mode):
+@pytest.mark.parametrize("entry", [0, 1])
+def test_entries_of_a_batch_do_not_mix(mode, entry):
     scene, given = case(mode)
+
+    def beside(x, seed):
+        """The entry as it is, beside another."""
+        if x is None:
+            return None
+        other = random(*x.shape, seed=seed)
+        other[entry] = x[entry]
+        return other
+
+    changed = [replace(s, text=beside(s.text, i), latents=beside(s.latents, -i)) for i, s in enumerate(scene)]
+    got = generated(mode, changed, {i: beside(z, 9) for i, z in given.items()})
     together = generated(mode, scene, given)
-    for entry in range(2):
+    assert worst(got[1:], together[1:]) > 1e-3
+    bound = 2 * len(FOUR) * FLOAT32["definition"].absolute  # steps of shots
+    assert worst([z[entry] for z in got[1:]], [z[entry] for z in together[1:]]) <= bound
+    if mode in ("joint", "conditional"):  # elsewhere the batch has a part in the noise of its history
         alone = [
-            replace(
-                shot, text=shot.text[entry, None], latents=None if shot.latents is None else shot.latents[entry, None]
-            )
-            for shot in scene
+            replace(s, text=s.text[entry, None], latents=None if s.latents is None else s.latents[entry, None])
+            for s in scene
         ]
-        got = generated(mode, alone, {i: z[entry, None] for i, z in given.items()})
-        expected = [None if z is None else z[entry, None] for z in together]
-        assert worst(got, expected) <= 2 * len(FOUR) * FLOAT32["definition"].absolute  # steps of shots
+        single = generated(mode, alone, {i: z[entry, None] for i, z in given.items()})
+        assert worst([z[0] for z in single[1:]], [z[entry] for z in together[1:]]) <= bound
 
 
 # What is left as it was.
@@ -721,6 +958,7 @@ def test_generation_leaves_no_trace(mode, training):
     modules = {name: module.training for name, module in model.backbone.named_modules()}
     weights = copy.deepcopy(model.backbone.state_dict())
     scene, given = case(mode)
+    scene = [replace(shot, text=shot.text.requires_grad_()) for shot in scene]
     scene = [shot if shot.latents is None else replace(shot, latents=shot.latents.requires_grad_()) for shot in scene]
     before = [None if shot.latents is None else shot.latents.detach().clone() for shot in scene]
     kept = {i: z.clone() for i, z in given.items()}
@@ -737,9 +975,6 @@ def test_generation_leaves_no_trace(mode, training):
 
 
 # Refusals.
-
-
-conditioned = pytest.mark.parametrize("mode", ["conditional", *SHOT_AFTER_SHOT])
 
 
 def refused(mode, scene, given, message, **options):
@@ -764,6 +999,20 @@ def test_refuses_given_shots_that_are_not_there(mode, place):
     scene = draw(*FOUR, with_global=True)
     message = rf"^given: got shot {place!r}, expected one of \[1, 2, 3, 4\], the scene's shots counting from 0"
     refused(mode, scene, {place: torch.zeros(2, 4, 1, 4, 6)}, message)
+
+
+@conditioned
+@with_and_without_global
+@pytest.mark.parametrize(("places", "last", "first"), [([2], 2, 0), ([3, 0], 3, 1), ([1, 0, 3], 3, 2)])
+def test_refuses_given_shots_after_one_that_would_not_see_them(mode, with_global, places, last, first):
+    scene = draw(*FOUR, with_global=with_global)
+    given = clean(scene, *[i + with_global for i in places])
+    options = {"pattern": "context_causal"} if mode == "conditional" else {}
+    message = (
+        rf"^given: shot {last + with_global} comes after shot {first + with_global}, which is to be generated and "
+        "would not see it; put given shots first, or .* conditional, with a bidirectional model"
+    )
+    refused(mode, scene, given, message, **options)
 
 
 @conditioned
@@ -888,6 +1137,44 @@ def test_a_codec_refuses_sizes_of_its_own():
         start_scene(script("one"), linear_codec(), (1, 9, 8), seed=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_scene_in_the_dtype_of_its_model(dtype):
+    told, start = script("one", "two", description="one two"), partial(start_scene, size=(2, 8, 4), seed=1)
+    plain, cast = start(told, linear_codec()), start(told, linear_codec(), dtype=dtype)
+    for shot, other in zip(plain, cast, strict=True):
+        assert shot.text.dtype == torch.float32
+        assert torch.equal(other.text, shot.text.to(dtype))
+        assert other.text.dtype == dtype
+    for shot, other in zip(plain[1:], cast[1:], strict=True):
+        assert shot.latents.dtype == torch.float32
+        assert torch.equal(other.latents, shot.latents.to(dtype))
+        assert other.latents.dtype == dtype
+    assert plain[0].latents is cast[0].latents is None
+
+
+class Learned(Counted):
+    """A codec with weights that a training would change."""
+
+    def __init__(self):
+        super().__init__()
+        self.row = torch.nn.Parameter(torch.linspace(-1, 1, 16, dtype=torch.float64))
+
+    def text(self, prompt):
+        return self.row * super().text(prompt).double()
+
+
+def test_codecs_record_no_gradients():
+    codec = Learned()
+    assert codec.text("one").requires_grad
+    scene = start_scene(script("one", "two", description="three"), codec, (1, 16, 16), seed=0)
+    texts = negative_texts(codec, shot="ugly", overall="bad")
+    assert not any(x.requires_grad for x in [*texts.values(), *(shot.text for shot in scene)])
+    assert {shot.text.dtype for shot in scene} == {torch.float32}  # whatever the codec's
+    assert torch.is_grad_enabled()
+    got = causal(scene_model(), scene, steps=1, guidance=Guidance(**texts))
+    assert not any(z.requires_grad for z in got[1:])
+
+
 def linear_codec():
     vocabulary = ["[SHOT CUT]", "one", "two", "ugly", *(f"word{i}" for i in range(12))]
     components = torch.eye(12)[:4]
@@ -912,8 +1199,9 @@ def test_from_a_script_to_a_scene(mode):
 
 
 def test_the_public_surface_is_frozen():
-    names = ["Guidance", "History", "Step", "autoregressive", "causal", "conditional", "euler", "joint", "recent"]
-    assert generation.__all__ == names
+    types = ["Guidance", "History", "Step"]
+    modes = ["autoregressive", "causal", "conditional", "euler", "joint"]
+    assert generation.__all__ == [*types, *modes, "negative_texts", "recent", "start_scene"]
 
 
 def test_the_papers_defaults():
@@ -923,3 +1211,6 @@ def test_the_papers_defaults():
     assert {mode: each["steps"] for mode, each in defaults.items()} == dict.fromkeys(MODES, 32)
     assert {mode: each["guidance"] for mode, each in defaults.items()} == dict.fromkeys(MODES)
     assert {each["t_c"] for mode, each in defaults.items() if mode != "joint"} == {100.0}
+    assert {mode: each.get("seed") for mode, each in defaults.items()} == {
+        mode: 0 if mode in SHOT_AFTER_SHOT else None for mode in MODES
+    }

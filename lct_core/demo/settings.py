@@ -44,9 +44,9 @@ class Settings:
     scene_batch: int = 2
     single_shot_steps: int = 2500
     single_shot_rate: float = 6e-3
-    tuning_steps: int = 3500
+    tuning_steps: int = 4500
     tuning_rate: float = 4e-3
-    causal_steps: int = 3500
+    causal_steps: int = 3200
     causal_rate: float = 4e-3
     level_mean: float = 1.3
     euler_steps: int = 32
@@ -86,9 +86,9 @@ def quick(*, seed: int) -> Settings:
     return Settings(
         seed=seed,
         scenes=120,
-        single_shot_steps=700,
-        tuning_steps=600,
-        causal_steps=200,
+        single_shot_steps=800,
+        tuning_steps=1000,
+        causal_steps=350,
         euler_steps=12,
     )
 
@@ -100,7 +100,7 @@ def full(*, seed: int) -> Settings:
         usual,
         scenes=1000,
         single_shot_steps=2 * usual.single_shot_steps,
-        tuning_steps=3 * usual.tuning_steps,
+        tuning_steps=2 * usual.tuning_steps,
         causal_steps=2 * usual.causal_steps,
         long_shots=12,
         composed=32,
