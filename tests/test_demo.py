@@ -223,7 +223,11 @@ def test_quick_is_less_and_full_is_more():
         ("bidirectional", "bidirectional", 0.5),
         ("causal", "context_causal", 0.5),
     ]
-    assert (single.learning_rate, tuning.learning_rate, causal.learning_rate) == (6e-3, 4e-3, 1.5e-3)
+    assert (single.learning_rate, tuning.learning_rate, causal.learning_rate) == (
+        usual.single_shot_rate,
+        usual.tuning_rate,
+        usual.causal_rate,
+    )
 
 
 @pytest.mark.parametrize(
@@ -286,24 +290,24 @@ def test_all_goals_are_met():
         (
             "ar_bidirectional_error",
             2.01,
-            {"shot after shot, bidirectional: appearance error, times below independent": 6 / 2.01},
+            {"AR, bidirectional: appearance error, times below independent": 6 / 2.01},
         ),
-        ("ar_bidirectional_error", 1.99, {"causal over bidirectional, shot after shot": 2.5 / 1.99}),
-        ("ar_causal_error_before", 2.5, {"causal over the same before its tuning": 1.0}),
+        ("ar_bidirectional_error", 1.99, {"AR causal over AR bidirectional": 2.5 / 1.99}),
+        ("ar_causal_error_before", 2.5, {"AR causal over the same before its tuning": 1.0}),
         ("joint_adherence", 0.89, {"joint: adherence, share of independent's": 0.89}),
         ("conditional_adherence", 0.89, {"conditional, shot 1 given: adherence, share of independent's": 0.89}),
         (
             "ar_bidirectional_adherence",
             0.89,
-            {"shot after shot, bidirectional: adherence, share of independent's": 0.89},
+            {"AR, bidirectional: adherence, share of independent's": 0.89},
         ),
-        ("ar_causal_adherence", 0.89, {"causal, KV cache: adherence, share of independent's": 0.89}),
+        ("ar_causal_adherence", 0.89, {"AR, causal, KV cache: adherence, share of independent's": 0.89}),
         ("single_shot_loss_after", 1.06, {"single-shot loss after tuning over before": 1.06}),
         ("parameters_added", 1, {"parameters added": 1}),
         # no error at all is infinitely less, and an error over none infinitely more
         ("joint_error", 0.0, {}),
-        ("ar_bidirectional_error", 0.0, {"causal over bidirectional, shot after shot": inf}),
-        ("ar_causal_error_before", 0.0, {"causal over the same before its tuning": inf}),
+        ("ar_bidirectional_error", 0.0, {"AR causal over AR bidirectional": inf}),
+        ("ar_causal_error_before", 0.0, {"AR causal over the same before its tuning": inf}),
         ("single_shot_loss_before", 0.0, {"single-shot loss after tuning over before": inf}),
         ("independent_adherence", 0.0, {}),
     ],

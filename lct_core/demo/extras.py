@@ -11,7 +11,7 @@ import torch
 
 from lct_core.cli.sheet import SceneRows, contact_sheet
 from lct_core.demo.dataset import FRAMES, SIZE
-from lct_core.demo.generate import Generator
+from lct_core.demo.generate import SceneBatch
 from lct_core.demo.metrics import adherence, composition_error, drift
 from lct_core.demo.plots import accumulation
 from lct_core.demo.settings import Settings
@@ -24,7 +24,7 @@ Progress = Callable[..., AbstractContextManager[Callable[[], None]]]
 FILES = ("accumulation.png", "long_scene.png", "composition.png")
 
 
-def run(out: Path, generator: Generator, settings: Settings, *, progress: Progress) -> dict[str, Any]:
+def run(out: Path, generator: SceneBatch, settings: Settings, *, progress: Progress) -> dict[str, Any]:
     """Both, where the settings ask for them; returns what they measured."""
     measured: dict[str, Any] = {}
     if settings.long_shots:
@@ -34,7 +34,7 @@ def run(out: Path, generator: Generator, settings: Settings, *, progress: Progre
     return measured
 
 
-def accumulate(out: Path, generator: Generator, settings: Settings, *, progress: Progress) -> dict[str, Any]:
+def accumulate(out: Path, generator: SceneBatch, settings: Settings, *, progress: Progress) -> dict[str, Any]:
     """Many shots in a row, through the KV cache, for several noise levels of the history.
 
     Every shot sees the last that fit the window in which the model was trained.
@@ -62,7 +62,7 @@ def accumulate(out: Path, generator: Generator, settings: Settings, *, progress:
     }
 
 
-def compose(out: Path, generator: Generator, settings: Settings, *, progress: Progress) -> dict[str, Any]:
+def compose(out: Path, generator: SceneBatch, settings: Settings, *, progress: Progress) -> dict[str, Any]:
     """A shot of one scene's character before another scene's wall, each given as an image.
 
     The two were never paired in training, nor were portraits before a grey wall, or walls without anybody, ever seen.

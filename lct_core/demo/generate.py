@@ -20,7 +20,7 @@ Shots = list[Tensor]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Generator:
+class SceneBatch:
     """Generates a batch of scenes, in every mode from the same noise.
 
     Args:

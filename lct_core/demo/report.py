@@ -7,14 +7,16 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from lct_core.demo import extras
+
 LABELS = {
     "data": "the data",
     "independent": "independent",
     "joint": "joint",
     "conditional": "conditional, shot 1 given",
-    "ar_bidirectional": "shot after shot, bidirectional",
-    "ar_causal_before": "causal, before its tuning",
-    "ar_causal": "causal, KV cache",
+    "ar_bidirectional": "AR, bidirectional",
+    "ar_causal_before": "AR, causal before tuning",
+    "ar_causal": "AR, causal, KV cache",
 }
 GOALS = {"joint": 5.0, "conditional": 3.0, "ar_bidirectional": 3.0}  # times below independent
 _ADHERENCE, _CAUSAL, _SINGLE_SHOT = 0.9, 1.25, 1.05
@@ -28,9 +30,9 @@ def key(mode: str, measure: str) -> str:
 
 def report(metrics: dict[str, Any], out: Path, console: Console) -> None:
     """Print the table, the verdicts and where everything is."""
-    table = Table(title=f"{metrics['held_out']} held-out scenes of {metrics['shots']} shots")
+    table = Table(title=f"Appearance error, {metrics['held_out']} held-out scenes of {metrics['shots']} shots")
     table.add_column("", no_wrap=True)
-    for column in ("appearance error", "character", "background", "below independent", "adherence"):
+    for column in ("error", "character", "background", "less by", "adherence"):
         table.add_column(column, justify="right")
     for mode, label in LABELS.items():
         error, baseline = metrics[key(mode, "error")], metrics["independent_error"]
@@ -51,8 +53,15 @@ def report(metrics: dict[str, Any], out: Path, console: Console) -> None:
         f"{metrics['seconds']:.0f} s",
         soft_wrap=True,
     )
-    for name in ("contact_sheet.png", "scenes.mp4", "modes.png", "losses.png", "metrics.json"):
-        console.print(str(out / name), soft_wrap=True, markup=False)
+    if "composed_character" in metrics:
+        parts = (
+            f"{part} {metrics[f'composed_{part}']:.3f}, without the images {metrics[f'without_images_{part}']:.3f}"
+            for part in ("character", "background")
+        )
+        console.print(f"composition, distance from the images' colours: {'; '.join(parts)}", soft_wrap=True)
+    for name in ("contact_sheet.png", "scenes.mp4", "modes.png", "losses.png", *extras.FILES, "metrics.json"):
+        if (out / name).exists():
+            console.print(str(out / name), soft_wrap=True, markup=False)
 
 
 def verdicts(metrics: dict[str, Any]) -> Iterator[tuple[str, float, str, bool]]:
@@ -65,9 +74,9 @@ def verdicts(metrics: dict[str, Any]) -> Iterator[tuple[str, float, str, bool]]:
         below = over("independent_error", f"{mode}_error")
         yield f"{LABELS[mode]}: appearance error, times below independent", below, f">= {times:g}", below >= times
     ratio = over("ar_causal_error", "ar_bidirectional_error")
-    yield "causal over bidirectional, shot after shot", ratio, f"<= {_CAUSAL:g}", ratio <= _CAUSAL
+    yield "AR causal over AR bidirectional", ratio, f"<= {_CAUSAL:g}", ratio <= _CAUSAL
     ratio = over("ar_causal_error", "ar_causal_error_before")
-    yield "causal over the same before its tuning", ratio, "< 1", ratio < 1
+    yield "AR causal over the same before its tuning", ratio, "< 1", ratio < 1
     for mode in _TUNED:
         share = over(f"{mode}_adherence", "independent_adherence")
         yield f"{LABELS[mode]}: adherence, share of independent's", share, f">= {_ADHERENCE:g}", share >= _ADHERENCE

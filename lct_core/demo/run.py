@@ -26,7 +26,7 @@ from lct_core.data import SceneFolders, VideoScene
 from lct_core.demo import extras
 from lct_core.demo.dataset import FPS, FRAMES, PATCH, SIZE, make_codec, read_scenes, write_scenes
 from lct_core.demo.film import film
-from lct_core.demo.generate import Generator, Shots
+from lct_core.demo.generate import SceneBatch, Shots
 from lct_core.demo.metrics import adherence, appearance_error
 from lct_core.demo.plots import loss_curves, modes
 from lct_core.demo.report import GOALS, LABELS, key, report
@@ -65,7 +65,7 @@ def run(out: Path, settings: Settings, *, console: Console) -> dict[str, Any]:
         data, held_out = _data(out / "data", settings, progress)
         codec = make_codec(data)
         card, model, parameters = _model(codec, data, settings)
-        generator = Generator(
+        generator = SceneBatch(
             model=model,
             codec=codec,
             scripts=[scene.script for scene in held_out],
@@ -102,7 +102,7 @@ def run(out: Path, settings: Settings, *, console: Console) -> dict[str, Any]:
         **more,
     }
     _pictures(out, metrics, videos, texts, curves)
-    metrics |= {"seconds": perf_counter() - started, **asdict(settings)}
+    metrics |= {"seconds": perf_counter() - started, **asdict(settings), "long_t_c": list(settings.long_t_c)}
     (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     report(metrics, out, console)
     return metrics
@@ -190,7 +190,7 @@ def _tune(
     return curves
 
 
-def _modes(generator: Generator, truth: Shots) -> dict[str, dict[str, Callable[[], Shots]]]:
+def _modes(generator: SceneBatch, truth: Shots) -> dict[str, dict[str, Callable[[], Shots]]]:
     """What is generated after which stage."""
     return {
         "single_shot": {"independent": generator.independent},
