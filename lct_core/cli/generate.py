@@ -188,6 +188,10 @@ def _clips(given: Sequence[str], *, shots: int, reading: Mapping[str, Any]) -> d
 def _mode(mode: str | None, *, given: Mapping[int, _Given], pattern: str, checkpoint: Path) -> str:
     """The mode that was asked for, or the default; refused where it does not fit the model or the given shots."""
     causal = pattern == "context_causal"
+    if pattern == "own_shot" and (given or mode not in (None, "joint")):
+        raise ValueError(
+            f"--mode: {checkpoint} was tuned on single shots, expected one tuned on scenes for more than joint"
+        )
     mode = mode or ("causal" if causal else "conditional" if given else "joint")
     if mode == "causal" and not causal:
         raise ValueError(

@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 from lct_core.codec import LinearCodec
 from lct_core.data import SceneFolders, VideoScene, scene_folders, write_scene
@@ -12,6 +13,7 @@ from lct_core.demo.world import PROMPT_LENGTH, VOCABULARY, Scene, render
 FRAMES, SIZE, FPS = 4, 24, 4  # frames of a shot, pixels that the model sees, frames per second
 _FILE_SIZE = 96  # pixels in the files
 PATCH, CHANNELS = 6, 24
+READING: dict[str, Any] = {"area": SIZE * SIZE, "multiple": PATCH, "fps": float(FPS), "max_frames": FRAMES}
 
 Progress = Callable[[str, int], AbstractContextManager[Callable[[], None]]]
 
@@ -30,7 +32,7 @@ def read_scenes(root: Path, *, progress: Progress) -> SceneFolders:
     """Read them back at the size that the model sees."""
     count = len(scene_folders(root))
     with progress(f"read {count} scenes, {root.name}", count) as advance:
-        return SceneFolders(root, area=SIZE * SIZE, multiple=PATCH, on_scene=advance)
+        return SceneFolders(root, on_scene=advance, **READING)
 
 
 def make_codec(scenes: SceneFolders) -> LinearCodec:

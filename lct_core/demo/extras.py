@@ -21,23 +21,12 @@ from lct_core.noise import keyed_generator
 from lct_core.script import Script, ScriptShot
 
 Progress = Callable[..., AbstractContextManager[Callable[[], None]]]
-FILES = ("accumulation.png", "long_scene.png", "composition.png")
-
-
-def run(out: Path, generator: SceneBatch, settings: Settings, *, progress: Progress) -> dict[str, Any]:
-    """Both, where the settings ask for them; returns what they measured."""
-    measured: dict[str, Any] = {}
-    if settings.long_shots:
-        measured |= accumulate(out, generator, settings, progress=progress)
-    if settings.composed:
-        measured |= compose(out, generator, settings, progress=progress)
-    return measured
 
 
 def accumulate(out: Path, generator: SceneBatch, settings: Settings, *, progress: Progress) -> dict[str, Any]:
     """Many shots in a row, through the KV cache, for several noise levels of the history.
 
-    Every shot sees the last that fit the window in which the model was trained.
+    Every shot sees the last that fit the window in which the model was trained, which must be context-causal by now.
     """
     random = keyed_generator(settings.seed, "long scenes")
     scenes = [sample_scene(settings.long_shots, generator=random) for _ in range(settings.held_out)]
@@ -65,8 +54,8 @@ def accumulate(out: Path, generator: SceneBatch, settings: Settings, *, progress
 def compose(out: Path, generator: SceneBatch, settings: Settings, *, progress: Progress) -> dict[str, Any]:
     """A shot of one scene's character before another scene's wall, each given as an image.
 
-    The two were never paired in training, nor were portraits before a grey wall, or walls without anybody, ever seen.
-    The measure beside it is of the same shots without the images.
+    The model must be bidirectional still. The two were never paired in training, nor were portraits before a grey wall,
+    or walls without anybody, ever seen. The measure beside it is of the same shots without the images.
     """
     random = keyed_generator(settings.seed, "composition")
     pairs = [tuple(sample_scene(1, generator=random) for _ in range(2)) for _ in range(settings.composed)]

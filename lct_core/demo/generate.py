@@ -66,11 +66,13 @@ class SceneBatch:
 
     def ar_bidirectional(self) -> Shots:
         """Shot after shot with bidirectional attention."""
-        return self._decoded(autoregressive(self.model, self._scene(), t_c=self.t_c, **self._common))
+        return self._decoded(autoregressive(self.model, self._scene(), t_c=self.t_c, seed=self.seed, **self._common))
 
     def ar_causal(self, *, history: History | None = None) -> Shots:
         """Shot after shot with context-causal attention, through the KV cache."""
-        return self._decoded(causal(self.model, self._scene(), t_c=self.t_c, history=history, **self._common))
+        return self._decoded(
+            causal(self.model, self._scene(), t_c=self.t_c, history=history, seed=self.seed, **self._common)
+        )
 
     @property
     def _common(self) -> dict[str, Any]:

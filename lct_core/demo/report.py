@@ -7,8 +7,6 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from lct_core.demo import extras
-
 LABELS = {
     "data": "the data",
     "independent": "independent",
@@ -18,6 +16,16 @@ LABELS = {
     "ar_causal_before": "AR, causal before tuning",
     "ar_causal": "AR, causal, KV cache",
 }
+FILES = (
+    "contact_sheet.png",
+    "scenes.mp4",
+    "modes.png",
+    "losses.png",
+    "accumulation.png",
+    "long_scene.png",
+    "composition.png",
+    "metrics.json",
+)
 GOALS = {"joint": 5.0, "conditional": 3.0, "ar_bidirectional": 3.0}  # times below independent
 _ADHERENCE, _CAUSAL, _SINGLE_SHOT = 0.9, 1.25, 1.05
 _TUNED = ("joint", "conditional", "ar_bidirectional", "ar_causal")
@@ -59,7 +67,7 @@ def report(metrics: dict[str, Any], out: Path, console: Console) -> None:
             for part in ("character", "background")
         )
         console.print(f"composition, distance from the images' colours: {'; '.join(parts)}", soft_wrap=True)
-    for name in ("contact_sheet.png", "scenes.mp4", "modes.png", "losses.png", *extras.FILES, "metrics.json"):
+    for name in FILES:
         if (out / name).exists():
             console.print(str(out / name), soft_wrap=True, markup=False)
 

@@ -2,9 +2,8 @@
 
 Scenes of a small world are written to disk as videos and scripts and read back. A single-shot MMDiT learns them shot by
 shot, so it has to guess every shot's colours anew. (It is retrofitted from the start, which changes nothing for single
-shots.) Tuned on scenes, it sees them whole; a short context-causal tuning lets it go shot after shot through the KV
-cache. All of it is the code that ``lct tune`` and ``lct generate`` run; nothing is mocked, and every number comes from
-the run.
+shots.) Tuned on scenes, it sees them whole; a context-causal tuning lets it go shot after shot through the KV cache.
+All of it is the code that ``lct tune`` and ``lct generate`` run; nothing is mocked, and every number comes from the run.
 """
 
 import json
@@ -24,12 +23,12 @@ from lct_core.cli.source import ModelCard, small_mmdit
 from lct_core.codec import LinearCodec
 from lct_core.data import SceneFolders, VideoScene
 from lct_core.demo import extras
-from lct_core.demo.dataset import FPS, FRAMES, PATCH, SIZE, make_codec, read_scenes, write_scenes
+from lct_core.demo.dataset import FPS, READING, make_codec, read_scenes, write_scenes
 from lct_core.demo.film import film
 from lct_core.demo.generate import SceneBatch, Shots
 from lct_core.demo.metrics import adherence, appearance_error
 from lct_core.demo.plots import loss_curves, modes
-from lct_core.demo.report import GOALS, LABELS, key, report
+from lct_core.demo.report import FILES, GOALS, LABELS, key, report
 from lct_core.demo.settings import Settings
 from lct_core.demo.world import sample_scene
 from lct_core.losses import tuning_loss
@@ -76,6 +75,7 @@ def run(out: Path, settings: Settings, *, console: Console) -> dict[str, Any]:
         )
         videos: dict[str, Shots] = {"data": _columns(held_out)}
         losses: dict[str, float] = {}
+        more: dict[str, Any] = {}
 
         def after(stage: Stage) -> None:
             """What is generated and measured with a stage's weights."""
@@ -83,9 +83,12 @@ def run(out: Path, settings: Settings, *, console: Console) -> dict[str, Any]:
             for mode, make in _modes(generator, videos["data"])[stage.name].items():
                 with progress(f"generate, {LABELS[mode]}"):
                     videos[mode] = make()
+            if stage.name == "bidirectional" and settings.composed:
+                more.update(extras.compose(out, generator, settings, progress=progress))
+            if stage.name == "causal" and settings.long_shots:
+                more.update(extras.accumulate(out, generator, settings, progress=progress))
 
         curves = _tune(out, model, settings, data, codec, card, progress=progress, after=after)
-        more = extras.run(out, generator, settings, progress=progress)
 
     metrics: dict[str, Any] = {
         "parameters": parameters,
@@ -118,7 +121,7 @@ def _claim(out: Path) -> None:
         raise FileExistsError(f"{out}: holds something else than a run of the demo, so it is left alone; choose --out")
     out.mkdir(parents=True, exist_ok=True)
     (out / _OURS).touch()
-    for old in (*out.glob("*.pt"), out / METRICS, *(out / name for name in extras.FILES)):
+    for old in (*out.glob("*.pt"), *(out / name for name in (METRICS, *FILES))):
         old.unlink(missing_ok=True)
 
 
@@ -144,10 +147,7 @@ def _model(codec: LinearCodec, data: SceneFolders, settings: Settings) -> tuple[
         source=source,
         scheme="anchored",
         size=[*data[0].shots[0].shape[1:]],
-        area=SIZE * SIZE,
-        multiple=PATCH,
-        fps=FPS,
-        max_frames=FRAMES,
+        **READING,
     )
     return card, retrofit(dit, scheme=card.scheme, batch_shots=True), parameters
 

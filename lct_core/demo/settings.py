@@ -63,13 +63,19 @@ class Settings:
             steps=self.single_shot_steps,
             learning_rate=self.single_shot_rate,
             scene_share=0.0,
+            pattern="own_shot",
             single_shot_batch=self.single_shot_batch,
             scene_batch=self.scene_batch,
             max_shots=self.shots,
             level_mean=self.level_mean,
         )
         tuning = replace(
-            single, name="bidirectional", steps=self.tuning_steps, learning_rate=self.tuning_rate, scene_share=0.5
+            single,
+            name="bidirectional",
+            steps=self.tuning_steps,
+            learning_rate=self.tuning_rate,
+            scene_share=0.5,
+            pattern="bidirectional",
         )
         causal = replace(
             tuning,

@@ -47,15 +47,15 @@ class Training:
         stage: The stage.
 
     Raises:
-        ValueError: for weights in half precision where the stage's precision is fp32.
+        ValueError: for trained weights in half precision.
     """
 
     def __init__(self, model: SceneModel, stage: Stage) -> None:
-        coarse = {p.dtype for p in model.backbone.parameters() if p.dtype in (torch.bfloat16, torch.float16)}
-        if coarse and stage.precision == "fp32":
+        coarse = {p.dtype for p in model.backbone.parameters() if p.requires_grad and p.dtype.itemsize < 4}
+        if coarse:
             raise ValueError(
-                f"model: got weights in {', '.join(map(str, coarse))} with precision 'fp32', expected float32; call "
-                ".float() on the model, with precision 'bf16' to run it under autocast"
+                f"model: got trained weights in {', '.join(map(str, coarse))}, expected float32: in half precision "
+                "most steps round to nothing; call .float() on the model, with precision 'bf16' to run it under autocast"
             )
         self.model, self.stage, self.step = model, stage, 0
         self.optimizer = adamw(model.backbone.parameters(), learning_rate=stage.learning_rate)

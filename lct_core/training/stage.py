@@ -18,7 +18,8 @@ class Stage:
     Args:
         name: What logs and checkpoints call it: letters, digits, ``-`` and ``_``.
         steps: Optimiser steps.
-        pattern: Attention between shots: ``"bidirectional"`` or ``"context_causal"``.
+        pattern: Attention between shots: ``"bidirectional"``, ``"context_causal"``, or ``"own_shot"`` where only single
+            shots are trained on.
         scene_share: Share of the steps that take scenes; the others take single shots (paper, A.1: 1:1).
         single_shot_batch: Single shots in a single-shot step (ours: 4).
         scene_batch: Scenes in a scene step (paper, A.1: 3.5 sequences per GPU; ours: 1).
@@ -97,7 +98,7 @@ def paper_stages(scheme: Scheme) -> tuple[Stage, ...]:
         scheme: Coordinates of the model.
     """
     stages = (
-        Stage(name="single_shot", steps=10_000, scene_share=0.0),
+        Stage(name="single_shot", steps=10_000, scene_share=0.0, pattern="own_shot"),
         Stage(name="bidirectional", steps=135_000),
         Stage(name="causal", steps=9_000, pattern="context_causal"),
     )
