@@ -16,6 +16,7 @@ from lct_core.backbone import (
     Site,
     State,
     Traits,
+    collate_shots,
 )
 from lct_core.cache import CachedShot, KVCache
 from lct_core.coordinates import coordinates
@@ -75,6 +76,7 @@ __all__ = [
     "attend",
     "axis_frequencies",
     "bidirectional",
+    "collate_shots",
     "condition_levels",
     "context_causal",
     "coordinates",

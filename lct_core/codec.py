@@ -10,6 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+__all__ = ["Codec", "LinearCodec", "words"]
+
 
 @runtime_checkable
 class Codec(Protocol):

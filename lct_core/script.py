@@ -32,6 +32,8 @@ from io import StringIO
 from pathlib import Path
 from types import MappingProxyType
 
+__all__ = ["SHOT_CUT", "Script", "ScriptShot", "parse_script", "read_script"]
+
 SHOT_CUT = "[SHOT CUT]"
 """The mark before the prompt of a shot that begins with a cut (paper, 3.2.1)."""
 

@@ -130,7 +130,7 @@ def directly(run, checkpoint, mode, *, clips=None, sizes=(SIZE,) * 3, seed=0, t_
 
 @pytest.mark.parametrize(
     ("checkpoint", "mode"),
-    [*product(["single_shot", "bidirectional", "causal"], MODES), ("causal", "causal")],
+    [("single_shot", "joint"), *product(["bidirectional", "causal"], MODES), ("causal", "causal")],
 )
 def test_every_mode_is_the_librarys(lct, run, checkpoint, mode, capsys):
     write_video("given.mp4", clip(3, 32, 16), fps=8)
@@ -577,6 +577,8 @@ def test_a_checkpoint_that_does_not_say_how_to_make_its_model(run, tmp_path, cap
         (["--negative", "zebra"], "prompt: 'zebra' in 'zebra' is not among the words that this codec knows: "),
         (["--negative-global", "zebra"], "prompt: 'zebra' in 'zebra' is not among the words that this codec knows: "),
         (["--steps", "0"], "Invalid value for '--steps': 0 is not in the range 1<=x"),
+        (["--mode", "joint", "--t-c", "300"], "--t-c: got 300, but joint generation has no given and no earlier shots; "),
+        (["--window", "2"], "--window: got 2, but joint generation makes all shots at once; leave it out"),
         (["--window", "0"], "Invalid value for '--window': 0 is not in the range 1<=x"),
         (["--fps", "0"], "Invalid value for '--fps': 0.0 is not in the range 0.01<=x<=1000."),
         (["--fps", "nan"], "Invalid value for '--fps': 'nan' is not a finite number."),
@@ -593,6 +595,28 @@ def test_bad_input_is_one_line(run, tmp_path, capsys, options, words):
     (tmp_path / "RUN").symlink_to(run)
     assert refused(capsys, ["script.txt", "RUN/bidirectional.pt", *options]).startswith(words)
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("options", [["--mode", "autoregressive"], ["--given", "1=image.png"]])
+def test_a_model_of_single_shots_makes_each_by_itself(run, tmp_path, capsys, options):
+    write_image("image.png", clip(1, 24, 24))
+    line = refused(capsys, ["script.txt", run / "single_shot.pt", *options])
+    assert line.endswith("was tuned on single shots and makes each by itself; use bidirectional.pt or causal.pt")
+
+
+def test_the_window_is_the_models_own_unless_it_is_told(run, tmp_path, capsys):
+    """Made as if it had been trained on two shots at most."""
+    saved = load_checkpoint(run / "causal.pt")
+    stages = [{**stage, "max_shots": 2} for stage in saved["stages"]]
+    save_checkpoint(tmp_path / "narrow.pt", {**saved, "stages": stages})
+    for out, options in {"default": [], "two": ["--window", "2"], "three": ["--window", "3"]}.items():
+        assert main(["generate", "script.txt", "narrow.pt", "--steps", "1", "--out", out, *options]) == 0
+    default, two, three = (read_scene(tmp_path / out).shots[-1] for out in ("default", "two", "three"))
+    assert torch.equal(default, two)
+    assert not torch.equal(default, three)
+    capsys.readouterr()
+    assert main(["generate", "script.txt", "narrow.pt", "--steps", "1", "--mode", "joint", "--out", "joint"]) == 0
+    assert capsys.readouterr().err == "note: 3 shots at once; the model was trained on at most 2\n"
 
 
 def test_missing_arguments(capsys):

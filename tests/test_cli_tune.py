@@ -148,10 +148,11 @@ def test_checkpoints_say_how_to_make_the_model_again(tuned):
     for name in STAGES:
         saved = load_checkpoint(out / f"{name}.pt")
         assert saved["stage"] == name
-        assert saved["pattern"] == ("context_causal" if name == "causal" else "bidirectional")
+        patterns = {"single_shot": "own_shot", "bidirectional": "bidirectional", "causal": "context_causal"}
+        assert saved["pattern"] == patterns[name]
         about = saved["about"]
-        assert about["scenes"] == ["scene_1", "scene_2", "scene_3"]
-        assert about["single_shots"] == []
+        (described,) = about["data"]
+        assert described.startswith("3 scenes, ")
         card = ModelCard.from_state(about, out / f"{name}.pt")
         assert {**vars(card), "source": None} == {
             "source": None,
@@ -243,7 +244,7 @@ def test_options_arrive_in_the_checkpoint(data, tmp_path):
     saved = load_checkpoint(tmp_path / "run" / "causal.pt")
     common = {"learning_rate": 3e-3, "single_shot_batch": 2, "scene_batch": 3, "max_shots": 1, "precision": "bf16"}
     assert saved["stages"] == [
-        asdict(Stage(name="single_shot", steps=1, scene_share=0.0, **common)),
+        asdict(Stage(name="single_shot", steps=1, scene_share=0.0, pattern="own_shot", **common)),
         asdict(Stage(name="bidirectional", steps=3, **common)),
         asdict(Stage(name="causal", steps=1, pattern="context_causal", **common)),
     ]
@@ -309,7 +310,8 @@ def test_bad_scenes_can_be_left_out(data, asked, tmp_path, capsys):
     assert lines[1].startswith("skipped broken/scene_2: shot 2 of scene_2: broken/scene_2/shot_2.mp4: can't be decoded")
     assert lines[2].startswith("skipped broken/scene_10: broken/scene_10/script.txt: no such file")
     assert lines[3] == "2 of 4 scenes skipped"
-    assert [scene.name for scene in asked["data"]] == asked["about"]["scenes"] == ["scene_1", "scene_3"]
+    assert [scene.name for scene in asked["data"]] == ["scene_1", "scene_3"]
+    assert asked["about"]["data"][0].startswith("2 scenes, ")
 
 
 def test_no_more_than_a_scene_is_held_at_once(data, monkeypatch):
@@ -384,12 +386,18 @@ def test_other_data_of_the_same_size_are_another_run(tuned, data, tmp_path, caps
     moved = shutil.copytree(data, tmp_path / "moved")
     assert main(["tune", "moved", *FEW, "--resume", "--out", "run"]) == 0
     capsys.readouterr()
-    (moved / "scene_3").rename(moved / "scene_4")
-    line = refused(capsys, ["moved", *FEW, "--resume", "--out", "run"])
-    assert "about.scenes[2] = 'scene_3', not 'scene_4'" in line
-    shutil.copytree(data / "scene_1", moved / "scene_5")
-    line = refused(capsys, ["moved", *FEW, "--resume", "--out", "run"])
-    assert "3 entries in about.scenes, not 4" in line
+    script = moved / "scene_3" / "script.txt"
+    written = script.read_bytes()
+    for change in (
+        lambda: (moved / "scene_3").rename(moved / "scene_4"),
+        lambda: shutil.copytree(data / "scene_1", moved / "scene_5"),
+        lambda: script.write_bytes(written.swapcase()),
+    ):
+        shutil.rmtree(moved)
+        shutil.copytree(data, moved)
+        change()
+        line = refused(capsys, ["moved", *FEW, "--resume", "--out", "run"])
+        assert "about.data[0] = '3 scenes, " in line
 
 
 def test_a_checkpoint_that_does_not_say_how_to_make_its_model(tuned, data, tmp_path, capsys):
@@ -410,7 +418,7 @@ def test_a_card_there_and_back():
     codec = LinearCodec(mean=torch.zeros(12), components=torch.eye(12)[:3], vocabulary=["a", "wall"], length=2)
     source = small_mmdit(codec, width=24, depth=1, heads=2)
     state = ModelCard(source=source, **CARD).state()
-    card = ModelCard.from_state({**state, "scenes": ["scene_1"]}, "model.pt")
+    card = ModelCard.from_state({**state, "data": ["1 scenes"]}, "model.pt")
     assert {**card.state(), "source": None} == {"source": None, **CARD}
     assert card.reading == {name: CARD[name] for name in ("area", "multiple", "fps", "max_frames")}
     model, made = card.build(gradient_checkpointing=True)
@@ -708,7 +716,7 @@ def test_all_scenes_are_bad(tmp_path, capsys):
         (["--resume", "--seed", "1"], "its run has seed = 0, not 1;"),
         (["--resume", "--scheme", "paper"], "about.scheme = 'anchored', not 'paper'"),
         (["--resume", "--fps", "6"], "about.fps = 12.0, not 6.0"),
-        (["--resume", "--single-shots", "other"], "0 entries in about.single_shots, not 1"),
+        (["--resume", "--single-shots", "other"], "1 entries in about.data, not 2"),
         (["--resume", "--model", "own:make"], "--model: got own:make, but run/checkpoint.pt is of a run without --m"),
     ],
 )  # fmt: skip

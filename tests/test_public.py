@@ -1,3 +1,4 @@
+import importlib
 import inspect
 from types import ModuleType
 
@@ -36,6 +37,7 @@ PUBLIC = [
     "attend",
     "axis_frequencies",
     "bidirectional",
+    "collate_shots",
     "condition_levels",
     "context_causal",
     "coordinates",
@@ -121,3 +123,29 @@ def test_from_coordinates_to_rotated_queries():
     turned = lct.rotate(q, by)
     assert torch.equal(turned[:, 0], q[:, 0])  # the first token stands at the origin
     assert not torch.equal(turned[:, 1:], q[:, 1:])
+
+
+SURFACES = {
+    "lct_core.script": {"SHOT_CUT", "Script", "ScriptShot", "parse_script", "read_script"},
+    "lct_core.codec": {"Codec", "LinearCodec", "words"},
+    "lct_core.data": {
+        *("SceneFolders", "Skipped", "VideoScene", "read_image", "read_scene", "read_video"),
+        *("scene_folders", "write_image", "write_scene", "write_video"),
+    },
+    "lct_core.generation": {
+        *("Guidance", "History", "Step", "autoregressive", "causal", "conditional"),
+        *("euler", "joint", "negative_texts", "recent", "start_scene"),
+    },
+    "lct_core.training": {
+        *("CHECKPOINT", "METRICS", "EMA", "Example", "Report", "Row", "Stage", "Training", "adamw", "cosine"),
+        *("load_checkpoint", "paper_stages", "sample_row", "save_checkpoint", "scene_examples", "single_shots"),
+        *("to_row", "train", "tune"),
+    },
+}
+
+
+@pytest.mark.parametrize("module", SURFACES)
+def test_the_other_surfaces_are_frozen_too(module):
+    found = importlib.import_module(module)
+    assert set(found.__all__) == SURFACES[module]
+    assert all(hasattr(found, name) for name in found.__all__)

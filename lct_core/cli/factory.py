@@ -69,19 +69,22 @@ def current_folder_on_path() -> Iterator[None]:
 
 @contextmanager
 def own_code(name: str | None) -> Iterator[None]:
-    """Where the user's model or codec raises a RuntimeError inside the ``with``, as torch does, say so in one line.
+    """Where the user's model or codec raises inside the ``with``, say so in one line.
 
-    Any other error goes through, so that a mistake of the library's shows as one.
+    A ValueError says it by itself. What a line of the library's own raises goes through, so that a mistake of ours
+    shows as one.
 
     Args:
         name: The factory's; None where the model is not the user's, and nothing is done.
 
     Raises:
-        ValueError: instead of the RuntimeError.
+        ValueError: instead of the error.
     """
     try:
         yield
-    except RuntimeError as error:
+    except ValueError:
+        raise
+    except Exception as error:  # whatever the user's code does
         place = _users_line(error)
         if name is None or place is None:
             raise

@@ -13,7 +13,7 @@ from torch import Tensor
 from lct_core import generation
 from lct_core.backbone import ShotInput
 from lct_core.cli.factory import current_folder_on_path, own_code
-from lct_core.cli.options import COUNT, FINITE, FPS, LEVEL, device, seed, within_memory
+from lct_core.cli.options import COUNT, FINITE, FPS, LEVEL, device, seed, seeded, within_memory
 from lct_core.cli.source import ModelCard
 from lct_core.codec import Codec
 from lct_core.data import VideoScene, read_image, read_video, write_scene, write_video
@@ -23,6 +23,7 @@ from lct_core.script import Script, read_script
 from lct_core.training import load_checkpoint
 
 _MODES = ("joint", "conditional", "autoregressive", "causal")
+_WINDOW = 9  # shots, the paper's, where a checkpoint does not say its own
 _LESS_MEMORY = "choose a smaller --size or --window, or add --bf16"
 
 Size = tuple[int, int, int]
@@ -64,16 +65,12 @@ class _Given(NamedTuple):
 @click.option(
     "--t-c",
     type=LEVEL,
-    default=100.0,
-    show_default=True,
-    help="Noise level of given and of earlier shots, 0 to 1000.",
+    help="Noise level of given and of earlier shots, 0 to 1000.  [default: 100]",
 )
 @click.option(
     "--window",
     type=COUNT,
-    default=9,
-    show_default=True,
-    help="Shot after shot: most shots that are seen, the current one counted.",
+    help="Shot after shot: most shots that are seen, the current one counted.  [default: as many as in training]",
 )
 @click.option(
     "--size",
@@ -93,7 +90,8 @@ def command(
     guidance: float,
     negative: str,
     negative_global: str,
-    window: int,
+    t_c: float | None,
+    window: int | None,
     size: str | None,
     fps: float | None,
     bf16: bool,
@@ -113,13 +111,17 @@ def command(
     """
     read = read_script(script)
     _check_free(out)
-    card, weights, pattern = _load(checkpoint)
+    card, weights, pattern, trained = _load(checkpoint)
     clips = _clips(given, shots=len(read.shots), reading=card.reading)
     mode = _mode(mode, given=clips, pattern=pattern, checkpoint=checkpoint)
+    _check_used(mode, t_c=t_c, window=window)
+    if mode in ("joint", "conditional") and len(read.shots) > trained:
+        click.echo(f"note: {len(read.shots)} shots at once; the model was trained on at most {trained}", err=True)
     with (
         current_folder_on_path(),
         own_code(card.factory),
         within_memory(device, fix=_LESS_MEMORY),
+        seeded(seed),  # a codec may sample
         torch.no_grad(),
     ):
         model, codec = _model(card, weights, checkpoint, device=device)
@@ -129,7 +131,12 @@ def command(
         first = len(scene) - len(read.shots)  # a global shot comes before
         latents = {first + i: codec.encode(clip.frames)[None].to(device) for i, clip in clips.items()}
         texts = generation.negative_texts(codec, shot=negative, overall=negative_global)
-        numbers |= {"guidance": generation.Guidance(scale=guidance, **texts), "seed": seed, "window": window}
+        numbers |= {
+            "guidance": generation.Guidance(scale=guidance, **texts),
+            "seed": seed,
+            "t_c": 100.0 if t_c is None else t_c,
+            "window": window or trained,
+        }
         out.mkdir(parents=True, exist_ok=True)  # before hours are spent on what goes there
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             result = _run(mode, model, scene, latents, pattern=pattern, **numbers)
@@ -144,12 +151,14 @@ def _check_free(out: Path) -> None:
         raise FileExistsError(f"{out}: already holds a scene, so it is left alone; choose another --out")
 
 
-def _load(checkpoint: Path) -> tuple[ModelCard, Mapping[str, Tensor], str]:
-    """What a finished stage says of its model, its weights, and the pattern that they were tuned with."""
+def _load(checkpoint: Path) -> tuple[ModelCard, Mapping[str, Tensor], str, int]:
+    """What a finished stage says of its model, its weights, and the pattern and the most shots it was tuned with."""
     saved = load_checkpoint(checkpoint)
     if "model" not in saved:
         raise ValueError(f"{checkpoint}: a stage that is not finished, expected one of the files named like a stage")
-    return ModelCard.from_state(saved.get("about", {}), checkpoint), saved["model"], saved["pattern"]
+    card = ModelCard.from_state(saved.get("about", {}), checkpoint)
+    windows = {stage["name"]: stage["max_shots"] for stage in saved.get("stages", [])}
+    return card, saved["model"], saved["pattern"], windows.get(saved.get("stage"), _WINDOW)
 
 
 def _model(
@@ -190,7 +199,7 @@ def _mode(mode: str | None, *, given: Mapping[int, _Given], pattern: str, checkp
     causal = pattern == "context_causal"
     if pattern == "own_shot" and (given or mode not in (None, "joint")):
         raise ValueError(
-            f"--mode: {checkpoint} was tuned on single shots, expected one tuned on scenes for more than joint"
+            f"--mode: {checkpoint} was tuned on single shots and makes each by itself; use bidirectional.pt or causal.pt"
         )
     mode = mode or ("causal" if causal else "conditional" if given else "joint")
     if mode == "causal" and not causal:
@@ -211,6 +220,14 @@ def _mode(mode: str | None, *, given: Mapping[int, _Given], pattern: str, checkp
             f"give the first shots, or use {instead}"
         )
     return mode
+
+
+def _check_used(mode: str, *, t_c: float | None, window: int | None) -> None:
+    """Refuse what the mode has no use for."""
+    if t_c is not None and mode == "joint":
+        raise ValueError(f"--t-c: got {t_c:g}, but joint generation has no given and no earlier shots; leave it out")
+    if window is not None and mode in ("joint", "conditional"):
+        raise ValueError(f"--window: got {window}, but {mode} generation makes all shots at once; leave it out")
 
 
 def _sizes(size: str | None, given: Mapping[int, _Given], card: ModelCard, codec: Codec, *, shots: int) -> list[Size]:

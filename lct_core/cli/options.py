@@ -56,6 +56,14 @@ device = click.option(
 
 
 @contextmanager
+def seeded(number: int) -> Iterator[None]:
+    """Whatever draws from torch's global generators inside the ``with`` draws the same for the same number."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(number)
+        yield
+
+
+@contextmanager
 def within_memory(device: torch.device, *, fix: str) -> Iterator[None]:
     """Where memory runs out inside the ``with``, say so in one line.
 

@@ -74,7 +74,7 @@ class ModelCard:
         if missing := [name for name in names if name not in about]:
             raise ValueError(
                 f"{path}: does not say its model's {', '.join(missing)}, expected a file of lct tune or lct demo; "
-                "lct_core.training.tune keeps what it gets as about=ModelCard(...).state()"
+                "lct_core.training.tune keeps what it gets as about=lct_core.cli.source.ModelCard(...).state()"
             )
         try:
             return cls(**{name: about[name] for name in names})

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -9,7 +10,7 @@ import click
 import torch
 
 from lct_core.cli.factory import current_folder_on_path, load, own_code
-from lct_core.cli.options import COUNT, COUNT_OR_NONE, FINITE, FPS, POSITIVE, device, seed, within_memory
+from lct_core.cli.options import COUNT, COUNT_OR_NONE, FINITE, FPS, POSITIVE, device, seed, seeded, within_memory
 from lct_core.cli.source import ModelCard, Source, fit_codec, small_mmdit
 from lct_core.coordinates import Scheme
 from lct_core.data import SceneFolders, scene_folders
@@ -143,9 +144,8 @@ def command(
             size=sets[0][0].shots[0].shape[1:],
             **reading,
         )
-        names = [_names(root, scenes) for root, scenes in zip(roots, sets, strict=True)]
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)  # a new model's weights
+        prints = [_fingerprint(root, scenes) for root, scenes in zip(roots, sets, strict=True)]
+        with seeded(seed):  # a new model's weights
             scene_model, codec = card.build(gradient_checkpointing=checkpointing)
         scene_model.backbone.to(device)
         tune(
@@ -155,7 +155,7 @@ def command(
             sets[0],
             codec,
             seed=seed,
-            about={**card.state(), "scenes": names[0], "single_shots": names[1:]},
+            about={**card.state(), "data": prints},
             resume=resume,
             save_every=save_every,
             single_shot_data=sets[1] if single_shots else None,
@@ -241,10 +241,15 @@ def _read(root: Path, progress: "Stages", *, skip_bad: bool, **reading: Any) -> 
     return scenes
 
 
-def _names(root: Path, scenes: SceneFolders) -> list[str]:
-    """What the scenes of a data set are called, so that a run is not resumed on others; none is read for it."""
+def _fingerprint(root: Path, scenes: SceneFolders) -> str:
+    """What tells a data set from another, so that a run is not resumed on other scenes; no video is read for it."""
     skipped = {folder for folder, _ in scenes.skipped}
-    return [folder.name for folder in scene_folders(root) if folder not in skipped]
+    digest = blake2b(digest_size=8)
+    for folder in scene_folders(root):
+        if folder not in skipped:
+            sizes = sorted((file.name, file.stat().st_size) for file in folder.iterdir())
+            digest.update(repr((folder.name, sizes, (folder / "script.txt").read_bytes())).encode())
+    return f"{len(scenes)} scenes, {digest.hexdigest()}"
 
 
 def _bars(progress: "Stages", stages: Sequence[Stage]) -> Callable[[Report], None]:

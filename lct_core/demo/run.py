@@ -2,8 +2,8 @@
 
 Scenes of a small world are written to disk as videos and scripts and read back. A single-shot MMDiT learns them shot by
 shot, so it has to guess every shot's colours anew. (It is retrofitted from the start, which changes nothing for single
-shots.) Tuned on scenes, it sees them whole; a context-causal tuning lets it go shot after shot through the KV cache.
-All of it is the code that ``lct tune`` and ``lct generate`` run; nothing is mocked, and every number comes from the run.
+shots.) Tuned on scenes, it sees them whole; a context-causal tuning lets it go shot after shot through the KV cache. It
+is the code that ``lct tune`` and ``lct generate`` run; nothing is mocked, and every number comes from the run.
 """
 
 import json

@@ -55,7 +55,7 @@ class Training:
         if coarse:
             raise ValueError(
                 f"model: got trained weights in {', '.join(map(str, coarse))}, expected float32: in half precision "
-                "most steps round to nothing; call .float() on the model, with precision 'bf16' to run it under autocast"
+                "most steps round to nothing; call .float() on the model; precision 'bf16' runs it under autocast"
             )
         self.model, self.stage, self.step = model, stage, 0
         self.optimizer = adamw(model.backbone.parameters(), learning_rate=stage.learning_rate)

@@ -1,6 +1,7 @@
 """A whole run: stages one after the other, with logs, checkpoints and a way to go on."""
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +18,7 @@ from lct_core.training.checkpoint import load_checkpoint, save_checkpoint
 from lct_core.training.loop import Report, Training, train
 from lct_core.training.stage import Stage
 
+_SHOWN = 3  # differences in an error
 CHECKPOINT, METRICS = "checkpoint.pt", "metrics.jsonl"
 
 
@@ -78,9 +80,9 @@ def tune(
     if saved is None:  # a run that stops before its first checkpoint can be resumed too
         out.mkdir(parents=True, exist_ok=True)
         _save(out, settings, Training(model, stages[0]))
-    kept = _kept_lines(out / METRICS, names, first, saved["training"]["step"]) if saved else []
-    with (out / METRICS).open("w", encoding="utf-8", buffering=1) as log:  # whole lines, on disk at once
-        log.writelines(kept)
+    if saved is not None:
+        _cut_log(out / METRICS, names, first, saved["training"]["step"])
+    with (out / METRICS).open("a", encoding="utf-8", buffering=1) as log:  # whole lines, on disk at once
         for stage in stages[first:]:
             training = Training(model, stage)
             if saved is not None:
@@ -135,9 +137,10 @@ def _check_same(saved: Mapping[str, Any], settings: Mapping[str, Any], path: Pat
     if "training" not in saved:
         raise ValueError(f"{path}: holds a finished stage, expected a checkpoint to go on from")
     if differences := list(_differences({name: saved[name] for name in settings}, settings)):
+        more = f" and {len(differences) - _SHOWN} more" if len(differences) > _SHOWN else ""
         raise ValueError(
-            f"{path}: its run has {', '.join(differences)}; resume with the same settings, or start another run in "
-            "another folder"
+            f"{path}: its run has {', '.join(differences[:_SHOWN])}{more}; resume with "
+            "the same settings, or start another run in another folder"
         )
 
 
@@ -159,10 +162,13 @@ def _differences(old: Any, new: Any, name: str = "") -> Iterator[str]:
         yield f"{name} = {old!r}, not {new!r}"
 
 
-def _kept_lines(path: Path, names: Sequence[str], stage: int, step: int) -> list[str]:
-    """The log up to a checkpoint: what came after it is done again."""
+def _cut_log(path: Path, names: Sequence[str], stage: int, step: int) -> None:
+    """Keep the log up to a checkpoint: what came after it is done again."""
     if not path.exists():
-        return []
+        return
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     entries = [(line, json.loads(line)) for line in lines if line.endswith("\n")]
-    return [line for line, entry in entries if (names.index(entry["stage"]), entry["step"]) <= (stage, step)]
+    partial = path.with_name(path.name + ".partial")
+    kept = [line for line, entry in entries if (names.index(entry["stage"]), entry["step"]) <= (stage, step)]
+    partial.write_text("".join(kept), encoding="utf-8")
+    os.replace(partial, path)
