@@ -577,7 +577,7 @@ def test_a_checkpoint_that_does_not_say_how_to_make_its_model(run, tmp_path, cap
         (["--negative", "zebra"], "prompt: 'zebra' in 'zebra' is not among the words that this codec knows: "),
         (["--negative-global", "zebra"], "prompt: 'zebra' in 'zebra' is not among the words that this codec knows: "),
         (["--steps", "0"], "Invalid value for '--steps': 0 is not in the range 1<=x"),
-        (["--mode", "joint", "--t-c", "300"], "--t-c: got 300, but joint generation has no given and no earlier shots; "),
+        (["--mode", "joint", "--t-c", "300"], "--t-c: got 300, but joint generation has no given and no earlier "),
         (["--window", "2"], "--window: got 2, but joint generation makes all shots at once; leave it out"),
         (["--window", "0"], "Invalid value for '--window': 0 is not in the range 1<=x"),
         (["--fps", "0"], "Invalid value for '--fps': 0.0 is not in the range 0.01<=x<=1000."),

@@ -199,7 +199,8 @@ def _mode(mode: str | None, *, given: Mapping[int, _Given], pattern: str, checkp
     causal = pattern == "context_causal"
     if pattern == "own_shot" and (given or mode not in (None, "joint")):
         raise ValueError(
-            f"--mode: {checkpoint} was tuned on single shots and makes each by itself; use bidirectional.pt or causal.pt"
+            f"--mode: {checkpoint} was tuned on single shots and makes each by itself; use bidirectional.pt or "
+            "causal.pt"
         )
     mode = mode or ("causal" if causal else "conditional" if given else "joint")
     if mode == "causal" and not causal:
