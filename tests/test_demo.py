@@ -285,7 +285,7 @@ def test_all_goals_are_met():
     ("name", "value", "missed"),
     [
         ("joint_error", 1.21, {"joint: appearance error, times below independent": 6 / 1.21}),
-        ("conditional_error", 2.01, {"conditional, shot 1 given: appearance error, times below independent": 6 / 2.01}),
+        ("conditional_error", 2.01, {"conditional: appearance error, times below independent": 6 / 2.01}),
         (
             "ar_bidirectional_error",
             2.01,
@@ -294,7 +294,7 @@ def test_all_goals_are_met():
         ("ar_bidirectional_error", 1.99, {"AR causal over AR bidirectional": 2.5 / 1.99}),
         ("ar_causal_error_before", 2.5, {"AR causal over the same before its tuning": 1.0}),
         ("joint_adherence", 0.89, {"joint: adherence, share of independent's": 0.89}),
-        ("conditional_adherence", 0.89, {"conditional, shot 1 given: adherence, share of independent's": 0.89}),
+        ("conditional_adherence", 0.89, {"conditional: adherence, share of independent's": 0.89}),
         (
             "ar_bidirectional_adherence",
             0.89,

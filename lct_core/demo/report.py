@@ -11,9 +11,9 @@ LABELS = {
     "data": "the data",
     "independent": "independent",
     "joint": "joint",
-    "conditional": "conditional, shot 1 given",
+    "conditional": "conditional",
     "ar_bidirectional": "AR, bidirectional",
-    "ar_causal_before": "AR, causal before tuning",
+    "ar_causal_before": "AR, causal, before",
     "ar_causal": "AR, causal, KV cache",
 }
 FILES = (
@@ -39,6 +39,7 @@ def key(mode: str, measure: str) -> str:
 def report(metrics: dict[str, Any], out: Path, console: Console) -> None:
     """Print the table, the verdicts and where everything is."""
     table = Table(title=f"Appearance error, {metrics['held_out']} held-out scenes of {metrics['shots']} shots")
+    table.caption = "conditional: shot 1 is given; before: context-causal tuning; less by: than independent"
     table.add_column("", no_wrap=True)
     for column in ("error", "character", "background", "less by", "adherence"):
         table.add_column(column, justify="right")
