@@ -44,10 +44,10 @@ class Settings:
     scene_batch: int = 2
     single_shot_steps: int = 2500
     single_shot_rate: float = 6e-3
-    tuning_steps: int = 4500
+    tuning_steps: int = 3700
     tuning_rate: float = 4e-3
-    causal_steps: int = 3200
-    causal_rate: float = 4e-3
+    causal_steps: int = 3700
+    causal_rate: float = 3e-3
     level_mean: float = 1.3
     euler_steps: int = 32
     guidance: float = 2.0
