@@ -48,6 +48,8 @@ def attend(
     if not isinstance(plan, AttentionPlan):
         return _by_head_groups(q, k, v, tuple(plan), kernel, scale)
     _check_plan(q, k, plan)
+    if not plan.queries:
+        return q  # a global prompt without video, behind a cache
     request = KernelRequest(
         plan,
         q.device,

@@ -20,7 +20,11 @@ from lct_core.noise import Path, RectifiedFlow
 from lct_core.rope import Pairing
 
 TextPath = Literal["joint", "cross"]
-Joint = Literal["joined", "own_shot", "own_text", "own_and_global_text"]
+Joint = Literal["joined", "own_shot", "text"]
+Tokens = Literal["all", "video"]
+
+_OF_LATENTS = ("frames", "height", "width")
+_ANY_SIZE = 5  # of an axis of an extra that may have any, in random inputs
 
 
 class Kernel(Protocol):
@@ -37,9 +41,11 @@ class ShotInput:
 
     Args:
         latents: ``[batch, channels, frames, height, width]``. A global shot may leave them out where a shot follows it
-            in the same call: its dummy video is then one frame of zeros of that shot's height and width.
+            in the same call: its dummy video is then one frame of zeros of that shot's height and width. Where the
+            model cross-attends its text, a global shot has none: it is a prompt alone.
         text: Encoded prompt, ``[batch, tokens, width]``, of any length, 0 included.
-        extras: Further arguments of the backbone's own forward, under its own names.
+        extras: What else the model takes (``Traits.extras``): further arguments of its own forward under its own names,
+            and image conditions.
         role: ``"shot"``, or ``"global"`` for the global prompt, which has no output and no loss.
     """
 
@@ -114,12 +120,14 @@ class Site(NamedTuple):
 
     Args:
         name: What the adapter calls it.
-        joint: What its queries see: ``"joined"``, the shots of the scene that the pattern allows; ``"own_shot"``;
-            or, for cross-attention, ``"own_text"`` or ``"own_and_global_text"``.
+        joint: What its queries see: ``"joined"``, the shots of the scene that the pattern allows; ``"own_shot"``; or
+            ``"text"``, cross-attention to the prompts that the scene model's ``text`` allows.
+        tokens: Which tokens of a shot take part where text is part of self-attention: ``"all"`` or ``"video"``.
     """
 
     name: str
     joint: Joint = "joined"
+    tokens: Tokens = "all"
 
 
 class QKV(NamedTuple):
@@ -132,6 +140,27 @@ class QKV(NamedTuple):
     k: Float[Tensor, "batch keys kv_heads head_dim"]
     v: Float[Tensor, "batch keys kv_heads head_dim"]
     aux: Any = None
+
+
+class Extra(NamedTuple):
+    """One of the further inputs that a model takes for a shot.
+
+    Args:
+        shape: Its axes after the batch: a size, ``"frames"``, ``"height"`` or ``"width"`` for that of the latents, or
+            any other word for an axis of any size. None for a plain number.
+        required: Whether a shot must have it. A global shot need not: what follows the latents is zero there, as its
+            dummy video is, and the rest may be left out.
+        image: Whether it is an image condition.
+    """
+
+    shape: tuple[int | str, ...] | None
+    required: bool = False
+    image: bool = False
+
+    @property
+    def follows_latents(self) -> bool:
+        """Whether one of its axes is one of the latents'."""
+        return bool(set(_OF_LATENTS).intersection(self.shape or ()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +180,9 @@ class Traits:
         unit: Native coordinates, ``(frames, height, width)``, that make one step along the diagonal.
         timesteps: The model's own timestep at noise level 0 (clean) and 1 (noise); linear between.
         path: Noising and training target.
-        extras: Names that ``ShotInput.extras`` may hold.
+        extras: What ``ShotInput.extras`` may hold, by name.
+        text_mask: The extra that marks which text tokens are there and which are padding, ``[batch, tokens]``: padding
+            is cut off before the model sees it (default: the model takes no such mask).
     """
 
     latent_channels: int
@@ -166,7 +197,8 @@ class Traits:
     unit: tuple[float, float, float] = (1.0, 1.0, 1.0)
     timesteps: tuple[float, float] = (0.0, 1000.0)
     path: Path = field(default_factory=RectifiedFlow)
-    extras: frozenset[str] = frozenset()
+    extras: Mapping[str, Extra] = field(default_factory=dict)
+    text_mask: str | None = None
 
     def timestep(self, level: Tensor) -> Tensor:
         """The model's own timestep at a noise level between 0, clean, and 1, noise."""
@@ -190,6 +222,17 @@ class Backbone(ABC):
     @abstractmethod
     def blocks(self) -> Sequence[nn.Module]:
         """The transformer blocks, in order; each is called through its ``__call__``, so hooks fire."""
+
+    def refusals(self) -> list[str]:
+        """Every reason why the model cannot be served as it is set up now; empty where it can. Cheap: every call asks.
+
+        For features of a model's library that would be passed over in silence, such as a cache of its own.
+        """
+        return []
+
+    def cast(self, dtype: torch.dtype) -> None:
+        """Bring the model to a dtype as its own loader does; override where that leaves some weights in float32."""
+        self.model.to(dtype)
 
     @abstractmethod
     def encode(self, inputs: ShotInput, timestep: Float[Tensor, " batch"]) -> State:
@@ -264,20 +307,109 @@ class Backbone(ABC):
                 f"latents: got frames, height, width {tuple(latents.shape[2:])}, expected positive multiples "
                 f"of the patch {traits.patch}; crop or pad the video"
             )
-        if unknown := set(inputs.extras) - traits.extras:
-            raise ValueError(
-                f"extras: got {sorted(unknown)}, which {type(self.model).__name__} does not take; "
-                f"it takes {sorted(traits.extras) or 'none'}"
-            )
+        self._check_extras(inputs)
         frames, height, width = (size // patch for size, patch in zip(latents.shape[2:], traits.patch, strict=True))
-        return Shot(text=text.shape[1], grid=(frames, height, width), role=inputs.role)
+        grid = (0, 0, 0) if traits.text == "cross" and inputs.role == "global" else (frames, height, width)
+        return Shot(text=text.shape[1], grid=grid, role=inputs.role)
 
     def example(self, shot: Shot, *, batch: int, generator: torch.Generator, dtype: torch.dtype) -> ShotInput:
-        """Random inputs of a shot, for tests and benchmarks; override where the model needs extras."""
+        """Random inputs of a shot with all its extras but the text mask, for tests and benchmarks.
+
+        Override where the model takes only some values.
+        """
         size = [count * patch for count, patch in zip(shot.grid, self.traits.patch, strict=True)]
         latents = torch.randn(batch, self.traits.latent_channels, *size, generator=generator)
         text = torch.randn(batch, shot.text, self.traits.text_width, generator=generator)
-        return ShotInput(latents=latents.to(dtype), text=text.to(dtype), role=shot.role)
+        extras = {
+            name: torch.rand(batch, *self._extra_shape(extra, latents), generator=generator).to(dtype)
+            for name, extra in self.traits.extras.items()
+            if extra.shape is not None and name != self.traits.text_mask
+        }
+        return ShotInput(latents=latents.to(dtype), text=text.to(dtype), extras=extras, role=shot.role)
+
+    def prepare(self, inputs: ShotInput) -> ShotInput:
+        """The shot as :meth:`encode` gets it: padding cut off its text, and a global shot's image conditions zero.
+
+        Raises:
+            ValueError: for a text mask that differs within the batch, or has tokens behind its padding.
+        """
+        extras = dict(inputs.extras)
+        if inputs.role == "global":
+            for name, extra in self.traits.extras.items():
+                if extra.follows_latents:
+                    shape = self._extra_shape(extra, inputs.latents)
+                    extras.setdefault(name, inputs.latents.new_zeros(len(inputs.latents), *shape))
+        mask, text = extras.pop(self.traits.text_mask or "", None), inputs.text
+        if mask is not None:
+            if not isinstance(mask, Tensor) or mask.shape != text.shape[:2]:
+                raise ValueError(
+                    f"extras: {self.traits.text_mask} is {describe(mask)}, expected {list(text.shape[:2])}, 1 for "
+                    "every text token and 0 for padding"
+                )
+            length = int(mask[0].bool().sum())
+            if not bool((mask.bool() == (torch.arange(mask.shape[1], device=mask.device) < length)).all()):
+                raise ValueError(
+                    f"extras: {self.traits.text_mask} has {mask.bool().sum(1).tolist()} tokens of text, expected the "
+                    "same number in every entry of the batch, padding behind: entries of a batch share one layout; "
+                    "call once for each, or put scenes side by side in a row"
+                )
+            text = text[:, :length]
+        return replace(inputs, text=text, extras=extras)
+
+    def _extra_shape(self, extra: Extra, latents: Tensor) -> list[int]:
+        """The sizes of an extra's axes for some latents; an axis of any size gets one of ours."""
+        sizes = dict(zip(_OF_LATENTS, latents.shape[2:], strict=True))
+        return [axis if isinstance(axis, int) else sizes.get(axis, _ANY_SIZE) for axis in extra.shape or ()]
+
+    def _check_extras(self, inputs: ShotInput) -> None:
+        takes, latents = self.traits.extras, inputs.latents
+        if unknown := set(inputs.extras) - set(takes):
+            raise ValueError(
+                f"extras: got {sorted(unknown)}, which {type(self.model).__name__} does not take; "
+                f"it takes {sorted(takes) or 'none'}"
+            )
+        missing = [name for name, extra in takes.items() if extra.required and name not in inputs.extras]
+        if missing and inputs.role == "shot":
+            shapes = [f"{name} {_words(('batch', *(takes[name].shape or ())))}" for name in missing]
+            raise ValueError(
+                f"extras: got {sorted(inputs.extras) or 'none'}, but this {type(self.model).__name__} also needs "
+                f"{', '.join(shapes)}; pass them as ShotInput(extras={{...}})"
+            )
+        sizes = dict(zip(_OF_LATENTS, latents.shape[2:], strict=True))
+        for name, value in inputs.extras.items():
+            if (shape := takes[name].shape) is None:
+                if not isinstance(value, int | float):
+                    raise ValueError(f"extras: {name} is {describe(value)}, expected a number")
+                continue
+            axes = [len(latents), *(sizes.get(axis, axis) if isinstance(axis, str) else axis for axis in shape)]
+            if (
+                not isinstance(value, Tensor)
+                or value.ndim != len(axes)
+                or any(isinstance(axis, int) and axis != size for axis, size in zip(axes, value.shape, strict=True))
+            ):
+                raise ValueError(f"extras: {name} is {describe(value)}, expected a tensor {_words(axes)}")
+
+
+class Support(NamedTuple):
+    """One row of the support table: some models that are alike in all of it, in words.
+
+    Args:
+        models: Their names.
+        text: Text path: ``"joint"``, or ``"cross"`` where text is cross-attended.
+        positions: How tokens know their place.
+        path: Path from data to noise, and what the model predicts.
+        time: The model's own timesteps at noise levels 0 and 1.
+        images: Image conditions and other extras that matter.
+        tested: What runs in the tests.
+    """
+
+    models: str
+    text: str
+    positions: str
+    path: str
+    time: str
+    images: str
+    tested: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -291,6 +423,8 @@ class BackboneSpec:
         adapter: Where the :class:`Backbone` is, ``"package.module:Class"``.
         build: Where a function is that makes a model from keyword arguments, ``"package.module:function"``.
         tested_with: Versions of the model's library that the adapter was tested with, for people.
+        refuses: Classes that look servable and are not, by full name, with the reason.
+        support: What the family's models are like: the rows of the support table.
     """
 
     name: str
@@ -299,6 +433,8 @@ class BackboneSpec:
     adapter: str
     build: str | None = None
     tested_with: str = ""
+    refuses: Mapping[str, str] = field(default_factory=dict)
+    support: tuple[Support, ...] = ()
 
 
 class KernelRequest(NamedTuple):
@@ -331,6 +467,10 @@ class KernelSpec:
     load: Callable[[], Kernel]
     refusals: Callable[[KernelRequest], list[str]]
     rank: int | None = None
+
+
+def _words(axes: Sequence[int | str]) -> str:
+    return f"[{', '.join(map(str, axes))}]"
 
 
 def describe(value: Shaped[Tensor, "..."] | object) -> str:

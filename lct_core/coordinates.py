@@ -64,6 +64,8 @@ def measured_extent(coords: Float[Tensor, "tokens 3"], unit: tuple[float, float,
         coords: The base model's coordinates of the shot's tokens, text included, before any move.
         unit: The coordinates, per axis, that make one diagonal step.
     """
+    if not len(coords):
+        return 0
     steps = coords.double() / torch.tensor(unit, dtype=torch.float64, device=coords.device)
     return 1 + int((steps.max() - 1e-3).ceil())
 

@@ -33,7 +33,8 @@ class Shot:
 
     Args:
         text: Number of text tokens; 0 where the text is not part of self-attention.
-        grid: Video tokens after patchify, ``(frames, height, width)``, each at least 1.
+        grid: Video tokens after patchify, ``(frames, height, width)``, each at least 1; ``(0, 0, 0)`` for a global
+            prompt without dummy video, where text is cross-attended.
         role: ``"shot"``, or ``"global"`` for the global prompt with its dummy video (paper, 3.2.2).
 
     Raises:
@@ -48,7 +49,8 @@ class Shot:
         object.__setattr__(self, "grid", tuple(self.grid))
         if not _is_count(self.text) or self.text < 0:
             raise ValueError(f"text: got {self.text!r}, expected a number of text tokens (an int, 0 or more)")
-        if len(self.grid) != 3 or not all(_is_count(n) and n >= 1 for n in self.grid):
+        bare = self.role == "global" and self.grid == (0, 0, 0)
+        if len(self.grid) != 3 or not all(_is_count(n) and (n >= 1 or bare) for n in self.grid):
             raise ValueError(
                 f"grid: got {self.grid!r}, expected three ints of at least 1: video tokens after patchify "
                 "as (frames, height, width)"

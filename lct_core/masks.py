@@ -250,11 +250,38 @@ def own_and_global_text(layout: Layout) -> AttentionPlan:
     return _text_plan(layout, with_global=True)
 
 
+def seen_text(layout: Layout, plan: AttentionPlan) -> AttentionPlan:
+    """Cross-attention to the texts of all shots of which a plan shows some video, and to the global prompt.
+
+    Args:
+        layout: The row's scenes of shots, with their texts.
+        plan: Who sees whom in the self-attention of ``layout.video_only``.
+    """
+    videos = consecutive(shot.video for shot in layout.shots)
+    texts = consecutive(shot.text for shot in layout.shots)
+    prompts = {  # a global prompt without video is seen by its whole scene
+        layout.scene_spans[s]: texts[shots.start]
+        for s, shots in enumerate(layout.scene_shots)
+        if layout.shots[shots.start].role == "global"
+    }
+    segments = []
+    for queries, keys in plan.segments:
+        own = next(i for i, video in enumerate(videos) if video.start <= queries.start < video.stop)
+        scene = next(span for span, shots in zip(layout.scene_spans, layout.scene_shots, strict=True) if own in shots)
+        shown = [
+            text
+            for video, text in zip(videos, texts, strict=True)
+            if any(video.start < r.stop and r.start < video.stop for r in keys)
+        ]
+        segments.append(Segment(queries, _merge([*shown, *([prompts[scene]] if scene in prompts else [])])))
+    return AttentionPlan(plan.queries, texts[-1].stop, tuple(segments))
+
+
 PATTERNS: dict[str, Pattern] = {"bidirectional": bidirectional, "context_causal": context_causal, "own_shot": own_shot}
 
 
 def _plan(layout: Layout, queries: Iterable[Range], keys: Iterable[Iterable[Range]]) -> AttentionPlan:
-    segments = tuple(Segment(q, tuple(k)) for q, k in zip(queries, keys, strict=True))
+    segments = tuple(Segment(q, tuple(k)) for q, k in zip(queries, keys, strict=True) if q.size)
     return AttentionPlan(layout.tokens, layout.tokens, segments)
 
 
@@ -265,6 +292,8 @@ def _text_plan(layout: Layout, *, with_global: bool) -> AttentionPlan:
     for scene in layout.scene_shots:
         shared = [texts[scene.start]] if with_global and layout.shots[scene.start].role == "global" else []
         for shot in scene:
+            if not layout.shots[shot].video:
+                continue
             keys = _merge([*shared, texts[shot]])
             if not keys:
                 raise ValueError(

@@ -55,9 +55,14 @@ class Path(Protocol):
 class RectifiedFlow:
     """The straight path (paper, 3.1, Eq. 1): z_t = (1 - t) z_0 + t eps, whose velocity eps - z_0 the model predicts.
 
+    Args:
+        toward_data: Whether the model predicts the velocity's opposite, z_0 - eps, as Mochi does.
+
     Arithmetic is in float32 (float64 for float64 latents) and cast to the dtype of ``z0`` once, at the end. All methods
     raise a ValueError where shapes don't fit: broadcasting would hide it.
     """
+
+    toward_data: bool = False
 
     def add_noise(self, z0: Latents, noise: Latents, t: Level) -> Latents:
         """Interpolate: (1 - t) z_0 + t eps."""
@@ -68,17 +73,18 @@ class RectifiedFlow:
         return ((1 - t) * z0.to(wide) + t * noise.to(wide)).to(z0.dtype)
 
     def target(self, z0: Latents, noise: Latents, t: Level) -> Latents:
-        """Subtract: eps - z_0, the same at every level."""
+        """Subtract: eps - z_0, the same at every level; its opposite where the model predicts that."""
         _check_like(z0, "noise", noise)
         _check_t(t, z0)
         wide = _wide(z0)
-        return (noise.to(wide) - z0.to(wide)).to(z0.dtype)
+        velocity = (noise.to(wide) - z0.to(wide)).to(z0.dtype)
+        return -velocity if self.toward_data else velocity
 
     def to_velocity(self, out: Latents, z: Latents, t: Level) -> Latents:
-        """Return ``out`` itself: the model predicts the velocity."""
+        """Return ``out`` itself, or its opposite where the model predicts that."""
         _check_like(z, "out", out)
         _check_t(t, z)
-        return out
+        return -out if self.toward_data else out
 
 
 def sample_levels(

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-Pairing = Literal["interleaved", "half"]
+Pairing = Literal["interleaved", "half", "half_per_axis"]
 
 
 class Rotation(NamedTuple):
@@ -22,15 +22,18 @@ class Rotation(NamedTuple):
     pairing: Pairing
 
 
-def axis_frequencies(dims: Sequence[int], *, theta: float = 10_000.0) -> Float[Tensor, "axes pairs"]:
+def axis_frequencies(
+    dims: Sequence[int], *, theta: float = 10_000.0, dtype: torch.dtype = torch.float64
+) -> Float[Tensor, "axes pairs"]:
     """The frequencies of a RoPE whose head channels are divided among the axes (paper, 3.1).
 
     Args:
         dims: Channels for each axis, even numbers: ``(frames, height, width)``.
         theta: Base of the geometric series of periods (default: upstream, RoPE).
+        dtype: float64 (default: ours), or float32 for a model whose own angles are.
 
     Returns:
-        float64, in radians per coordinate; row ``a`` is zero outside the channels of axis ``a``, so that
+        In radians per coordinate; row ``a`` is zero outside the channels of axis ``a``, so that
         ``coordinates @ frequencies`` are the angles.
 
     Raises:
@@ -38,15 +41,19 @@ def axis_frequencies(dims: Sequence[int], *, theta: float = 10_000.0) -> Float[T
     """
     if any(d < 0 or d % 2 for d in dims):
         raise ValueError(f"dims: got {tuple(dims)}, expected even numbers of channels: a rotation turns pairs")
-    series = [theta ** -(torch.arange(0, d, 2, dtype=torch.float64) / max(d, 1)) for d in dims]
+    series = [1.0 / theta ** (torch.arange(0, d, 2, dtype=dtype) / max(d, 1)) for d in dims]
     return torch.block_diag(*(s[None] for s in series))
 
 
 def angles(
     coords: Shaped[Tensor, "tokens axes"], frequencies: Float[Tensor, "axes pairs"]
 ) -> Float[Tensor, "tokens 1 pairs"]:
-    """The angle, in radians, by which each pair of channels of each token is turned; float64, one for all heads."""
-    return (coords.double() @ frequencies.double().to(coords.device))[:, None]
+    """The angle, in radians, by which each pair of channels of each token is turned; one for all heads.
+
+    Arithmetic and result are in the dtype of the frequencies.
+    """
+    each = coords.to(frequencies.dtype)[..., None] * frequencies.to(coords.device)  # no matmul: those may round more
+    return each.sum(-2)[:, None]
 
 
 def rotation(
@@ -57,14 +64,15 @@ def rotation(
     Args:
         angles: Radians, one for every pair of channels, float32 or float64; a heads axis of 1 serves all heads.
         pairing: Which channels make a pair: ``"interleaved"``, channels 2i and 2i+1; ``"half"``, channels i and
-            i + pairs. Channels beyond twice the number of pairs are left as they are.
+            i + pairs; ``"half_per_axis"``, the same inside each third of the channels. Channels beyond twice the number
+            of pairs are left as they are.
         dtype: float32 (default), or float64 to prove something.
 
     Raises:
         ValueError: for an unknown pairing, or angles or a dtype too coarse for positions.
     """
     if pairing not in get_args(Pairing):
-        raise ValueError(f'pairing: got {pairing!r}, expected "interleaved" or "half"')
+        raise ValueError(f"pairing: got {pairing!r}, expected one of {get_args(Pairing)}")
     if angles.dtype not in (torch.float32, torch.float64):
         raise ValueError(
             f"angles: got {angles.dtype}, expected torch.float32 or torch.float64: "
@@ -97,8 +105,10 @@ def rotate(
         a, b = wide.unflatten(-1, (-1, 2)).unbind(-1)
         out = torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2)
     else:
-        a, b = wide.chunk(2, dim=-1)
-        out = torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
+        parts = 1 if pairing == "half" else 3
+        a, b = (half.flatten(-2) for half in wide.unflatten(-1, (parts, 2, -1)).unbind(-2))
+        halves = (a * cos - b * sin, a * sin + b * cos)
+        out = torch.stack([half.unflatten(-1, (parts, -1)) for half in halves], dim=-2).flatten(-3)
     out = out.to(x.dtype)
     return out if turned == x.shape[-1] else torch.cat((out, x[..., turned:]), dim=-1)
 

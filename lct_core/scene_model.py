@@ -1,9 +1,11 @@
 """The engine: it joins the shots of a scene inside every block of a single-shot DiT."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from inspect import Signature, signature, unwrap
 from types import MethodType
-from typing import Any, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 from jaxtyping import Float
@@ -12,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lct_core import masks
 from lct_core.attention import attend, without_autocast
-from lct_core.backbone import QKV, Backbone, ShotInput, Site, State, describe
+from lct_core.backbone import QKV, Backbone, ShotInput, Site, State, Tokens, describe
 from lct_core.cache import KVCache, Space, Stage
 from lct_core.coordinates import Scheme, check_scheme, extent, measured_extent, shot_coordinates
 from lct_core.layout import Layout, Range, Role
@@ -21,15 +23,18 @@ from lct_core.plugins import registry
 from lct_core.rope import Rotation, rotate, rotation
 
 Scene = Sequence[ShotInput]
+TextScope = Literal["own", "own_and_global", "all"]
 
 
 def retrofit(
     model: nn.Module,
     *,
     scheme: Scheme = "anchored",
+    text: TextScope = "own",
     kernel: str = "auto",
     gradient_checkpointing: bool = False,
     batch_shots: bool = False,
+    compile: bool = False,
     backbone: str | Backbone | None = None,
 ) -> "SceneModel":
     """Make a scene model of a single-shot DiT, in place and without a new parameter.
@@ -39,14 +44,20 @@ def retrofit(
     Args:
         model: A model that an installed backbone handles (``lct backbones`` lists them), or that of ``backbone``.
         scheme: ``"anchored"`` (default: ours; exact for one shot) or ``"paper"``, see :func:`lct_core.coordinates`.
+        text: Where the model cross-attends its text, which prompts a shot sees: its ``"own"`` (default: ours; exact for
+            one shot), its ``"own_and_global"``, or ``"all"``, those of every shot that it sees. Text that takes part in
+            self-attention is seen with its shot (paper, 3.2.2), and leaves no choice.
         kernel: Attention kernel, see :func:`lct_core.attend`.
-        gradient_checkpointing: Whether training recomputes every block's activations in the backward pass.
+        gradient_checkpointing: Whether training recomputes every block's activations in the backward pass; so does the
+            model's own switch, ``model.gradient_checkpointing``.
         batch_shots: Whether shots of equal shape go through the blocks as one batch, apart from their attention: faster
             where shots are many and small, and the same but for the last bits (2e-6 in float32; default: one by one).
+        compile: Whether what lies between two attentions runs under ``torch.compile`` (2e-6 in float32; default: no).
         backbone: Name of the backbone to use, or an adapter of one's own; by default found by the model's class.
 
     Raises:
-        ValueError: where no backbone, or more than one, handles the model, and for an unknown scheme.
+        ValueError: where no backbone, or more than one, handles the model, or it cannot be served as it is set up; for
+            an unknown scheme, and a choice of text that the model does not have.
     """
     adapter = backbone if isinstance(backbone, Backbone) else registry().adapter(model, backbone)
     if adapter.model is not model:
@@ -54,9 +65,11 @@ def retrofit(
     return SceneModel(
         adapter,
         scheme=scheme,
+        text=text,
         kernel=kernel,
         gradient_checkpointing=gradient_checkpointing,
         batch_shots=batch_shots,
+        compile=compile,
     )
 
 
@@ -71,12 +84,17 @@ class SceneModel:
         adapter: Backbone,
         *,
         scheme: Scheme,
+        text: TextScope = "own",
         kernel: str,
         gradient_checkpointing: bool = False,
         batch_shots: bool = False,
+        compile: bool = False,
     ) -> None:
         self.adapter = adapter
         self.scheme: Scheme = check_scheme(scheme)
+        self.text = _text_scope(text, adapter)
+        self.compile = compile
+        _check_served(adapter)
         self.kernel = registry().check_kernel(kernel)
         self.gradient_checkpointing = gradient_checkpointing
         self.batch_shots = batch_shots
@@ -121,8 +139,17 @@ class SceneModel:
             ValueError: naming the argument, for anything that does not fit the model, the batch or the cache.
         """
         scenes, nested = as_scenes(shots)
-        inputs = [shot for scene in scenes for shot in with_dummy_video(scene, self.adapter.traits.patch[0])]
+        _check_served(self.adapter)
+        given = [shot for scene in scenes for shot in _complete(scene, self.adapter)]
+        for shot in given:
+            self.adapter.shot(shot)  # refuses what came; then the same without padding
+        inputs = [self.adapter.prepare(shot) for shot in given]
         counts = [self.adapter.shot(shot) for shot in inputs]
+        if self.text == "own" and self.adapter.traits.text == "cross" and "global" in [shot.role for shot in counts]:
+            raise ValueError(
+                'shots: got a global shot, which nobody sees: this model cross-attends its text, and text="own"; '
+                'expected none, or retrofit(model, text="own_and_global")'
+            )
         batch = len(inputs[0].latents)
         for i, shot in enumerate(inputs):
             if len(shot.latents) != batch:
@@ -175,7 +202,9 @@ class _Call:
     ) -> None:
         self.adapter, self.kernel, self.cache, self.layout = engine.adapter, engine.kernel, cache, layout
         self.levels = levels  # here, and not an argument of the model: mixed-precision hooks round those
-        self.checkpointing, self.batching = engine.gradient_checkpointing, engine.batch_shots
+        own_switch = getattr(engine.backbone, "gradient_checkpointing", False)
+        self.checkpointing, self.batching = engine.gradient_checkpointing or own_switch, engine.batch_shots
+        self.text, self.compile = engine.text, engine.compile
         self.pattern = _pattern(pattern)
         if cache is not None and len(layout.scenes) != 1:
             raise ValueError(
@@ -184,7 +213,7 @@ class _Call:
         self.whole = layout
         if cache is not None:
             self.whole = Layout([[*(entry.shot for entry in cache.shots), *layout.shots]], layout.text_first)
-        self.plans: dict[str, AttentionPlan] = {}
+        self.plans: dict[tuple[str, str], AttentionPlan] = {}
         device = inputs[0].latents.device
         with without_autocast(device):
             self._place(engine.scheme, inputs)
@@ -193,7 +222,11 @@ class _Call:
 
     def __call__(self, model: nn.Module, inputs: Sequence[ShotInput]) -> list[Tensor | None]:
         timesteps = self.adapter.traits.timestep(self.levels)
-        encoded = [self.adapter.encode(shot, timesteps[:, i]) for i, shot in enumerate(inputs)]
+        encoded = [
+            _without_video(state) if not shot.video else state
+            for i, shot in enumerate(self.layout.shots)
+            for state in [self.adapter.encode(inputs[i], timesteps[:, i])]
+        ]
         self.groups = _alike(encoded) if self.batching else [[i] for i in range(len(encoded))]
         states = [_stacked([encoded[i] for i in group]) for group in self.groups]
         for index, block in enumerate(self.adapter.blocks):
@@ -213,25 +246,43 @@ class _Call:
 
     def plan(self, site: Site) -> AttentionPlan:
         """Who sees whom at a site: this call's queries over the history's keys and its own."""
-        if site.joint not in self.plans:
-            self.plans[site.joint] = self._plan(site)
-        return self.plans[site.joint]
+        key = site.joint, site.tokens
+        if key not in self.plans:
+            self.plans[key] = self._plan(site)
+        return self.plans[key]
+
+    def cached(self, site: Site) -> bool:
+        """Whether a site's queries see keys of other shots, so that a cache must hold them."""
+        return self.cache is not None and (site.joint == "joined" or (site.joint == "text" and self.text != "own"))
+
+    def attending(self, site: Site, layout: Layout) -> Layout:
+        """The tokens that take part in a site's self-attention."""
+        return layout if self.space(site) == "tokens" else layout.video_only
+
+    def space(self, site: Site) -> Space:
+        """Which tokens of a shot are a site's keys."""
+        if site.joint == "text":
+            return "text"
+        return "tokens" if self.adapter.traits.text == "joint" and site.tokens == "all" else "video"
 
     def _plan(self, site: Site) -> AttentionPlan:
-        if site.joint == "own_text":
-            return masks.own_text(self.layout)
         if site.joint == "own_shot":
-            return masks.own_shot(_self_attention(self.adapter, self.layout))
-        if site.joint == "own_and_global_text":
-            plan, queries = masks.own_and_global_text(self.whole), self.layout.video_only.tokens
+            return masks.own_shot(self.attending(site, self.layout))
+        if site.joint == "text" and self.text == "own":
+            return masks.own_text(self.layout)
+        queries = self.attending(site, self.layout).tokens if site.joint == "joined" else self.layout.video_only.tokens
+        if site.joint == "joined":
+            plan = self.pattern(self.attending(site, self.whole))
+        elif self.text == "own_and_global":
+            plan = masks.own_and_global_text(self.whole)
         else:
-            plan = self.pattern(_self_attention(self.adapter, self.whole))
-            queries = _self_attention(self.adapter, self.layout).tokens
+            plan = masks.seen_text(self.whole, self.pattern(self.whole.video_only))
         return plan if self.cache is None else plan.rows(Range(plan.queries - queries, plan.queries))
 
     def _place(self, scheme: Scheme, inputs: Sequence[ShotInput]) -> None:
         """Run the diagonal cursor over every scene; rotations are made in float32 at least (and outside autocast)."""
-        traits, shots = self.adapter.traits, iter(_self_attention(self.adapter, self.layout).shots)
+        traits, joint = self.adapter.traits, self.adapter.traits.text == "joint"
+        shots = iter((self.layout if joint else self.layout.video_only).shots)
         unit = torch.tensor(traits.unit, dtype=torch.float64)
         origins, extents = [], []
         rotations: list[Rotation | None] = []
@@ -251,7 +302,11 @@ class _Call:
                 rotations.append(self._rotation(coords + origin * unit, given))
                 origin += steps
         self.origins, self.extents = tuple(origins), tuple(extents)
-        self.rotation = _joined(rotations)
+        videos = [shot.video for shot in self.layout.shots]
+        self.rotations: dict[Tokens, Rotation | None] = {
+            "all": _joined(rotations),
+            "video": _joined([_video(by, n, traits.text_first) for by, n in zip(rotations, videos, strict=True)]),
+        }
 
     def _rotation(self, coords: Tensor, given: ShotInput) -> Rotation | None:
         pairing, latents = self.adapter.traits.pairing, given.latents
@@ -282,10 +337,12 @@ class _BlockCall:
         """Every site of a block; returns the streams that changed, group by group."""
         changed: list[dict[str, Tensor]] = [{} for _ in states]
         for site in self.call.adapter.sites(block):
-            parts = [self.call.adapter.qkv(block, site, state) for state in states]
+            qkv = _compiled(_qkv) if self.call.compile else _qkv
+            finish = _compiled(_finish) if self.call.compile else _finish
+            parts = [qkv(self.call.adapter, block, site, state) for state in states]
             attended = self._attend(site, parts)
             updates = [
-                self.call.adapter.finish(block, site, state, out, part.aux)
+                finish(self.call.adapter, block, site, state, out, part.aux)
                 for state, part, out in zip(states, parts, attended, strict=True)
             ]
             states = _updated(states, updates)
@@ -298,14 +355,14 @@ class _BlockCall:
         queries, keys, values = (call.shot_by_shot([part[i] for part in parts]) for i in range(3))
         lengths = [x.shape[1] for x in queries]
         q, k, v = (_cat(parts, dim=1) for parts in (queries, keys, values))
-        if call.rotation is not None and site.joint in ("joined", "own_shot"):
-            q, k = rotate(q, call.rotation), rotate(k, call.rotation)
+        by = call.rotations[site.tokens]
+        if by is not None and site.joint != "text":
+            q, k = rotate(q, by), rotate(k, by)
         q, k, v = _autocast(q, k, v)
-        if call.cache is not None and site.joint in ("joined", "own_and_global_text"):
+        if call.cache is not None and call.cached(site):
             if k.requires_grad or v.requires_grad:
                 raise ValueError("cache: a KV cache is for generation; call under torch.no_grad()")
-            space: Space = "text" if site.joint == "own_and_global_text" else _space(call.adapter)
-            k, v = call.cache.write((self.index, site.name), space, k, v)
+            k, v = call.cache.write((self.index, site.name), call.space(site), k, v)
         outs = attend(q, k, v, call.plan(site), kernel=call.kernel).split(lengths, dim=1)
         # A shot's own tokens lie contiguous whatever surrounds it in the row: a matmul's bits depend on the strides.
         return [_cat([outs[i] for i in group], dim=0).contiguous() for group in call.groups]
@@ -353,12 +410,49 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
 
 
-def _self_attention(adapter: Backbone, layout: Layout) -> Layout:
-    return layout if adapter.traits.text == "joint" else layout.video_only
+def _qkv(adapter: Backbone, block: nn.Module, site: Site, state: State) -> QKV:
+    return adapter.qkv(block, site, state)
 
 
-def _space(adapter: Backbone) -> Space:
-    return "tokens" if adapter.traits.text == "joint" else "video"
+def _finish(
+    adapter: Backbone, block: nn.Module, site: Site, state: State, attended: Tensor, aux: Any
+) -> dict[str, Tensor]:
+    return adapter.finish(block, site, state, attended, aux)
+
+
+@functools.cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function under ``torch.compile``: here, and not on a model, so that models can be copied and pickled."""
+    return torch.compile(function, dynamic=True)
+
+
+def _without_video(state: State) -> State:
+    """A global prompt where text is cross-attended: it is among the conditioning, and the streams are empty."""
+    return State({name: x[:, :0] for name, x in state.streams.items()}, state.conditioning)
+
+
+def _video(by: Rotation | None, video: int, text_first: bool) -> Rotation | None:
+    """The video tokens' share of a shot's rotation."""
+    if by is None:
+        return None
+    tokens = slice(len(by.cos) - video, None) if text_first else slice(video)
+    return Rotation(by.cos[tokens], by.sin[tokens], by.pairing)
+
+
+def _text_scope(text: TextScope, adapter: Backbone) -> TextScope:
+    if text not in get_args(TextScope):
+        raise ValueError(f"text: got {text!r}, expected one of {get_args(TextScope)}")
+    if text != "own" and adapter.traits.text == "joint":
+        raise ValueError(
+            f"text: got {text!r}, but the text of {type(adapter.model).__name__} takes part in self-attention and is "
+            'seen with its shot; expected "own", the default'
+        )
+    return text
+
+
+def _check_served(adapter: Backbone) -> None:
+    if reasons := adapter.refusals():
+        raise ValueError(f"model: this {type(adapter.model).__name__} cannot be served: {'; '.join(reasons)}")
 
 
 def _pattern(pattern: str | Pattern) -> Pattern:
@@ -419,15 +513,32 @@ def noise_levels(t: Tensor, roles: Sequence[Role], batch: int) -> Float[Tensor, 
     return levels
 
 
-def with_dummy_video(scene: Scene, frames: int) -> list[ShotInput]:
-    """The scene with its global shot's dummy video filled in: one frame of zeros, as large as the first shot's."""
+def with_dummy_video(scene: Scene, adapter: Backbone) -> list[ShotInput]:
+    """The scene with its global shot's dummy video filled in: one frame of zeros, as large as the first shot's.
+
+    Where text is cross-attended, a global shot has no video, and the scene stays as it is.
+    """
     first, *rest = scene
-    if first.role != "global" or first.latents is not None:
+    if first.role != "global" or first.latents is not None or adapter.traits.text == "cross":
         return list(scene)
     if not rest or not isinstance(rest[0].latents, Tensor) or rest[0].latents.ndim != 5:
         raise ValueError(
             "shots: a global shot without latents needs a shot with latents [batch, channels, frames, height, width] "
             "after it, whose size its dummy video takes; alone in a call, give it latents of one frame of zeros"
         )
-    dummy = torch.zeros_like(rest[0].latents[:, :, :frames])
-    return [ShotInput(latents=dummy, text=first.text, extras=first.extras, role="global"), *rest]
+    return [replace(first, latents=torch.zeros_like(rest[0].latents[:, :, : adapter.traits.patch[0]])), *rest]
+
+
+def _complete(scene: Scene, adapter: Backbone) -> list[ShotInput]:
+    """The scene with latents everywhere; those of a global prompt without video stand for a size only."""
+    first, *rest = with_dummy_video(scene, adapter)
+    if first.role != "global" or adapter.traits.text == "joint":
+        return [first, *rest]
+    if first.latents is not None:
+        raise ValueError(
+            f"shots: the global shot has latents {describe(first.latents)}, expected none: this model cross-attends "
+            "its text, so that a global prompt needs no dummy video"
+        )
+    like = rest[0].latents if rest and isinstance(rest[0].latents, Tensor) else first.text
+    size = (len(first.text), adapter.traits.latent_channels, *adapter.traits.patch)
+    return [replace(first, latents=like.new_zeros(size)), *rest]

@@ -55,7 +55,7 @@ def autoregressive(
     """
     done = dict(given or {})
     left = left_to_generate(scene, done, t_c, in_order=True)
-    scene = with_dummy_video(scene, model.adapter.traits.patch[0])
+    scene = with_dummy_video(scene, model.adapter)
     shots = [i for i, shot in enumerate(scene) if shot.role != "global"]
     everywhere = [i for i, shot in enumerate(scene) if shot.role == "global"]
     for i in left:

@@ -57,34 +57,37 @@ def causal(
     """
     done = dict(given or {})
     left = left_to_generate(scene, done, t_c, in_order=True)
-    scene = with_dummy_video(scene, model.adapter.traits.patch[0])
+    scene = with_dummy_video(scene, model.adapter)
     texts = branches(scene, guidance)
-    caches = [KVCache(capacity=sum(model.adapter.shot(shot).tokens for shot in branch)) for branch in texts]
+    caches = [
+        KVCache(capacity=sum(model.adapter.shot(shot).tokens for shot in branch if shot.latents is not None))
+        for branch in texts
+    ]
     shots = [i for i, shot in enumerate(scene) if shot.role != "global"]
     everywhere = [i for i, shot in enumerate(scene) if shot.role == "global"]
 
-    def run(i: int, latents: list[Latents], level: float, *, active: Sequence[int] = (0,)) -> list[Latents]:
+    def run(i: int, latents: Sequence[Latents], level: float, *, active: Sequence[int] = (0,)) -> list[Latents]:
         """One pass of shot i in every branch, behind the history."""
         alone = [[branch[i]] for branch in texts]
         return predict(
             model,
             alone,
             guidance,
-            {0: latents[0]},
+            dict(enumerate(latents)),
             [level],
             active,
             pattern="context_causal",
             caches=caches,
         )
 
-    def keep(i: int, latents: Latents, level: float) -> None:
+    def keep(i: int, latents: Sequence[Latents], level: float) -> None:
         """Write shot i behind the history, in a pass of its own whose prediction nobody needs."""
-        run(i, [latents], level, active=())
+        run(i, latents, level, active=())
         for cache in caches:
             cache.append(i)
 
     for i in everywhere:  # clean, and first: it sees nothing else
-        keep(i, scene[i].latents, 0.0)
+        keep(i, [], 0.0)
     for i in shots:
         seen = [*everywhere, *choose(history or recent(), shots, i)]
         for cache in caches:
@@ -95,5 +98,5 @@ def causal(
             (done[i],) = euler(partial(run, i), [noise], steps=steps, shots=[i], callback=callback)
             noise = history_noise(scene[i], i, seed).to(noise.dtype)
         if i != shots[-1]:
-            keep(i, as_condition(model, done[i], noise, t_c), t_c / 1000)
+            keep(i, [as_condition(model, done[i], noise, t_c)], t_c / 1000)
     return [done.get(i) for i in range(len(scene))]

@@ -27,7 +27,7 @@ from lct_core.layout import Layout, Range, Shot
 from lct_core.losses import tuning_loss
 from lct_core.masks import AttentionPlan, bidirectional, context_causal, own_and_global_text, selected_history
 from lct_core.plugins import registry
-from lct_core.scene_model import SceneModel, retrofit
+from lct_core.scene_model import SceneModel, TextScope, retrofit
 from lct_core.testing.definition import definition
 from lct_core.testing.tolerances import BOUNDS, error
 
@@ -122,8 +122,12 @@ class _Case:
     def __init__(self, factory: Factory, scheme: Scheme, dtype: torch.dtype) -> None:
         made = factory()
         self.adapter = made if isinstance(made, Backbone) else registry().adapter(made)
-        self.adapter.model.to(dtype).eval()
+        self.adapter.cast(dtype)
+        self.adapter.model.eval()
         self.scheme, self.dtype = scheme, dtype
+        traits = self.adapter.traits
+        self.text: TextScope = "own" if traits.text == "joint" else "own_and_global"
+        self.one_shot = "one shot" if traits.text_mask is None else "masked"
         self.keys = list(self.adapter.model.state_dict())
         self.parameters = sum(p.numel() for p in self.adapter.model.parameters())
 
@@ -158,18 +162,26 @@ class _Case:
         adapter, generator = self.adapter, torch.Generator().manual_seed(seed)
         least = 0 if adapter.traits.text == "joint" else 1
         shots = [Shot(3, (2, 3, 4)), Shot(least, (1, 1, 1)), Shot(5, (1, 4, 2))]
-        dtype = next(adapter.model.parameters()).dtype
-        return [adapter.example(s, batch=2, generator=generator, dtype=dtype) for s in shots], torch.rand(
-            2, 3, generator=generator
-        )
+        inputs = [adapter.example(s, batch=2, generator=generator, dtype=self.dtype) for s in shots]
+        return inputs, torch.rand(2, 3, generator=generator)
 
     def _single_shots(self) -> list[Tensor]:
         shots, t = self._inputs()
         return [self.adapter.single_shot(x, self.adapter.traits.timestep(t[:, i])) for i, x in enumerate(shots)]
 
+    def _base_error(self) -> float:
+        """What the model's own forward errs in this dtype."""
+        adapter = copy.deepcopy(self.adapter)
+        adapter.cast(torch.float32)
+        shots, t = self._inputs()
+        exact = [
+            adapter.single_shot(_cast(x, torch.float32), adapter.traits.timestep(t[:, i])) for i, x in enumerate(shots)
+        ]
+        return max(error(out, x) for out, x in zip(self._single_shots(), exact, strict=True))
+
     def _one_shot(self) -> Iterator[Finding]:
         before = self._single_shots()
-        self.model = retrofit(self.adapter.model, scheme=self.scheme, backbone=self.adapter)
+        self.model = retrofit(self.adapter.model, scheme=self.scheme, backbone=self.adapter, text=self.text)
         after = self._single_shots()
         yield self._finding(1, "the model's own forward is untouched", "copies", after, before)
         changed = self.keys != list(self.adapter.model.state_dict())
@@ -180,8 +192,8 @@ class _Case:
         alike = all(a.shape == b.shape and a.dtype == b.dtype for a, b in zip(alone, before, strict=True))
         yield Finding(1, "shape and dtype of the base model's output", self._name(), float(not alike), 0.0)
         if self.scheme == "anchored":
-            own = self._own_error("bidirectional") if self.dtype != torch.float32 else 0.0
-            yield self._finding(1, "one shot equals the base model", "one shot", alone, before, own=own)
+            own = self._base_error() if self.dtype != torch.float32 else 0.0
+            yield self._finding(1, "one shot equals the base model", self.one_shot, alone, before, own=own)
 
     def _definition(self) -> Iterator[Finding]:
         for pattern in ("bidirectional", "context_causal"):
@@ -230,8 +242,7 @@ class _Case:
             4, "several shots behind a history", "cached", together, full[1:], "context_causal", own=own
         )
 
-        frame = self.adapter.traits.patch[0]
-        prompt = replace(shots[0], latents=torch.zeros_like(shots[0].latents[:, :, :frame]), role="global")
+        prompt = self._prompt(shots[0])
         scene, levels = [prompt, *shots[1:]], torch.cat([torch.zeros_like(t[:, :1]), t[:, 1:]], dim=1)
         full = self.model(scene, levels, pattern="context_causal")
         cache, outputs = KVCache(), []
@@ -291,7 +302,7 @@ class _Case:
         step = torch.tensor(self.adapter.traits.unit, dtype=torch.float64)
         rope = self.adapter.rope
         shifted.rope = lambda coords: rope(coords + 64 * step.to(coords.device))  # type: ignore[method-assign]
-        moved = retrofit(shifted.model, scheme=self.scheme, backbone=shifted)
+        moved = retrofit(shifted.model, scheme=self.scheme, backbone=shifted, text=self.text)
         for pattern in ("bidirectional", "context_causal"):
             got, expected = (m(shots, t, pattern=pattern) for m in (moved, self.model))
             yield self._finding(
@@ -324,9 +335,9 @@ class _Case:
         changed = self.model(shots, t)
         if self.scheme == "anchored":
             alone = [self.model([shot], t[:, i : i + 1])[0] for i, shot in enumerate(shots)]
-            own = self._own_error("bidirectional") if self.dtype != torch.float32 else 0.0
+            own = self._base_error() if self.dtype != torch.float32 else 0.0
             base = self._single_shots()
-            yield self._finding(8, "weights that change are the weights that run", "one shot", alone, base, own=own)
+            yield self._finding(8, "weights that change are the weights that run", self.one_shot, alone, base, own=own)
         for name, twin in zip(("a deep copy", "a pickle round trip"), copies, strict=True):
             yield self._finding(8, f"{name} runs its own weights", "copies", twin(shots, t), expected)
             twin.backbone.load_state_dict(self.adapter.model.state_dict())
@@ -348,7 +359,9 @@ class _Case:
                 [replace(shots[0], latents=torch.cat([latents, latents[:, :1]], 1))], t[:, :1]
             ),
             "text of another width": lambda: self.model([replace(shots[0], text=torch.cat([text, text], 2))], t[:, :1]),
-            "an unknown extra": lambda: self.model([replace(shots[0], extras={"no such argument": 1})], t[:, :1]),
+            "an unknown extra": lambda: self.model(
+                [replace(shots[0], extras={**shots[0].extras, "no such argument": 1})], t[:, :1]
+            ),
             "an empty scene": lambda: self.model([], t),
         }
         for what, call in wrong.items():
@@ -362,8 +375,8 @@ class _Case:
             yield Finding(9, f"refuses {what}", self._name(), silent, 0.0)
 
     def _truth(self, pattern: str) -> list[Tensor]:
-        """The definition with attention in float64; in half precision all of it, on weights and inputs as rounded."""
-        return self._by_definition(pattern, torch.float32 if self.dtype == torch.float32 else torch.float64, exact=True)
+        """The definition in float32, attention in float64: on weights and inputs as they are rounded."""
+        return self._by_definition(pattern, torch.float32, exact=True)
 
     def _own_error(self, pattern: str) -> float:
         """What plain eager arithmetic in this dtype errs."""
@@ -373,16 +386,18 @@ class _Case:
     def _by_definition(self, pattern: str, dtype: torch.dtype, *, exact: bool) -> list[Tensor]:
         shots, t = self._inputs()
         adapter = copy.deepcopy(self.adapter)
-        adapter.model.to(dtype)
-        shots = [replace(s, latents=s.latents.to(dtype), text=s.text.to(dtype)) for s in shots]
-        return definition(
-            adapter,
-            [shots],
-            t.to(dtype) if dtype == torch.float64 else t,
-            scheme=self.scheme,
-            pattern=pattern,
-            exact=exact,
-        )
+        adapter.cast(dtype)
+        shots = [_cast(shot, dtype) for shot in shots]
+        return definition(adapter, [shots], t, scheme=self.scheme, pattern=pattern, text=self.text, exact=exact)
+
+    def _prompt(self, shot: ShotInput) -> ShotInput:
+        """The shot's text as a global prompt, with the dummy video that it has where text is part of self-attention."""
+        takes = self.adapter.traits.extras
+        extras = {name: x for name, x in shot.extras.items() if not takes[name].follows_latents}
+        if self.adapter.traits.text == "cross":
+            return ShotInput(text=shot.text, role="global")
+        dummy = torch.zeros_like(shot.latents[:, :, : self.adapter.traits.patch[0]])
+        return ShotInput(latents=dummy, text=shot.text, extras=extras, role="global")
 
     def _finding(
         self,
@@ -430,6 +445,20 @@ def _run(attention: Callable[..., Tensor], inputs: Sequence[Tensor], gradient: T
     """The output, and the gradients where there are any."""
     out = attention(*inputs)
     return (out, *torch.autograd.grad(out, inputs, gradient)) if out.requires_grad else (out,)
+
+
+def _cast(shot: ShotInput, dtype: torch.dtype) -> ShotInput:
+    """The shot with all its floating-point tensors in a dtype."""
+
+    def cast(x: object) -> object:
+        return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+
+    return replace(
+        shot,
+        latents=shot.latents.to(dtype),
+        text=shot.text.to(dtype),
+        extras={name: cast(x) for name, x in shot.extras.items()},
+    )
 
 
 def _flat(scenes: Sequence[Sequence[Tensor]]) -> list[Tensor]:

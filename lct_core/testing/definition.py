@@ -21,32 +21,40 @@ def definition(
     *,
     scheme: str,
     pattern: str,
+    text: str = "own",
     exact: bool = True,
 ) -> list[Tensor]:
     """Predictions of every shot of a row, one after the other (paper, 3.2.2 and 3.3).
 
     Args:
         adapter: The model's adapter.
-        scenes: Scenes of shots; every shot has latents.
+        scenes: Scenes of shots; every shot has latents, those of a global prompt without video stand for nothing.
         t: Noise levels in row order.
         scheme: ``"anchored"`` or ``"paper"``.
         pattern: ``"bidirectional"`` or ``"context_causal"``.
+        text: Which prompts a shot sees where text is cross-attended: ``"own"``, ``"own_and_global"`` or ``"all"``.
         exact: Whether attention is computed in float64, or eagerly in the model's dtype: the low-precision reference.
     """
-    inputs = [shot for scene in scenes for shot in scene]
+    inputs = [adapter.prepare(shot) for scene in scenes for shot in scene]
     shots = [adapter.shot(given) for given in inputs]
     levels = t.expand(len(inputs[0].latents), -1)
     states = [adapter.encode(given, adapter.traits.timestep(levels[:, i])) for i, given in enumerate(inputs)]
-    tables = _turns(adapter, scenes, shots, scheme)
+    states = [
+        state if shot.video else State({name: x[:, :0] for name, x in state.streams.items()}, state.conditioning)
+        for state, shot in zip(states, shots, strict=True)
+    ]
+    tables = _turns(adapter, scenes, inputs, shots, scheme)
     for block in adapter.blocks:
         for site in adapter.sites(block):
             parts = [adapter.qkv(block, site, state) for state in states]
-            turns = tables if site.joint in ("joined", "own_shot") else [None] * len(parts)
+            turns = [None] * len(parts) if site.joint == "text" else tables
+            if site.tokens == "video":
+                turns = [_of_video(turn, shot.video, adapter) for turn, shot in zip(turns, shots, strict=True)]
             q = torch.cat([_turn(adapter, part.q, turn) for part, turn in zip(parts, turns, strict=True)], dim=1)
             k = torch.cat([_turn(adapter, part.k, turn) for part, turn in zip(parts, turns, strict=True)], dim=1)
             v = torch.cat([part.v for part in parts], dim=1)
             queries, keys = ([getattr(part, x).shape[1] for part in parts] for x in "qk")
-            sees = _sees(scenes, site.joint, pattern)
+            sees = _sees(scenes, site.joint, pattern, text)
             mask = sees.repeat_interleave(torch.tensor(queries), 0).repeat_interleave(torch.tensor(keys), 1)
             out = _attention(q, k, v, mask, exact).split(queries, dim=1)
             states = [
@@ -57,7 +65,11 @@ def definition(
 
 
 def _turns(
-    adapter: Backbone, scenes: Sequence[Sequence[ShotInput]], shots: Sequence[Shot], scheme: str
+    adapter: Backbone,
+    scenes: Sequence[Sequence[ShotInput]],
+    inputs: Sequence[ShotInput],
+    shots: Sequence[Shot],
+    scheme: str,
 ) -> list[Float[Tensor, "tokens heads pairs"] | None]:
     """Every shot's angles, from coordinates written down token by token."""
     if adapter.traits.pairing is None:
@@ -66,10 +78,11 @@ def _turns(
     angles: list[Tensor | None] = []
     # Where text is cross-attended, it has no place among the tokens of self-attention.
     remaining = iter(shots if adapter.traits.text == "joint" else [replace(shot, text=0) for shot in shots])
+    prepared = iter(inputs)
     for scene in scenes:
         origin = 0
-        for given in scene:
-            shot = next(remaining)
+        for _ in scene:
+            shot, given = next(remaining), next(prepared)
             if scheme == "paper":
                 start = origin + shot.text
                 text = [[origin + i] * 3 for i in range(shot.text)]
@@ -86,9 +99,14 @@ def _turns(
             else:
                 own = adapter.coordinates(given, shot)
                 coords = own + origin * unit
-                origin += 1 + int(torch.ceil((own / unit).max() - 1e-3))  # coordinates are rounded
+                origin += 1 + int(torch.ceil((own / unit).max() - 1e-3)) if len(own) else 0  # coordinates are rounded
             angles.append(adapter.rope(coords))
     return angles
+
+
+def _of_video(turn: Tensor | None, video: int, adapter: Backbone) -> Tensor | None:
+    """The angles of a shot's video tokens alone."""
+    return turn if turn is None else turn[len(turn) - video :] if adapter.traits.text_first else turn[:video]
 
 
 def _turn(adapter: Backbone, x: Tensor, angles: Tensor | None) -> Tensor:
@@ -97,25 +115,32 @@ def _turn(adapter: Backbone, x: Tensor, angles: Tensor | None) -> Tensor:
         return x
     turned = 2 * angles.shape[-1]
     pairs = x[..., :turned].double()
-    interleaved = adapter.traits.pairing == "interleaved"
-    pairs = pairs.unflatten(-1, (-1, 2)) if interleaved else pairs.unflatten(-1, (2, -1)).mT
+    shape = {"interleaved": (1, -1, 2), "half": (1, 2, -1), "half_per_axis": (3, 2, -1)}[adapter.traits.pairing or ""]
+    pairs = pairs.unflatten(-1, shape)
+    if adapter.traits.pairing != "interleaved":
+        pairs = pairs.mT
+    pairs = pairs.flatten(-3, -2)
     numbers = torch.view_as_complex(pairs.contiguous()) * torch.polar(torch.ones_like(angles.double()), angles.double())
-    out = torch.view_as_real(numbers)
-    out = out.flatten(-2) if interleaved else out.mT.flatten(-2)
+    out = torch.view_as_real(numbers).unflatten(-2, (shape[0], -1))
+    if adapter.traits.pairing != "interleaved":
+        out = out.mT
+    out = out.flatten(-3)
     return torch.cat([out.to(x.dtype), x[..., turned:]], dim=-1)
 
 
-def _sees(scenes: Sequence[Sequence[ShotInput]], joint: Joint, pattern: str) -> Bool[Tensor, "shots shots"]:
+def _sees(scenes: Sequence[Sequence[ShotInput]], joint: Joint, pattern: str, text: str) -> Bool[Tensor, "shots shots"]:
     """Which shots' keys a shot's queries see, from every shot's scene, place and role."""
     scene = torch.tensor([s for s, shots in enumerate(scenes) for _ in shots])
     place = torch.arange(len(scene))
     own = place[:, None] == place
     same_scene = scene[:, None] == scene
-    if joint in ("own_shot", "own_text"):
+    if joint == "own_shot" or (joint == "text" and text == "own"):
         return own
-    if joint == "own_and_global_text":
-        return own | (same_scene & torch.tensor([shot.role == "global" for shots in scenes for shot in shots]))
-    return same_scene if pattern == "bidirectional" else same_scene & (place <= place[:, None])
+    of_scene = same_scene & torch.tensor([shot.role == "global" for shots in scenes for shot in shots])
+    if joint == "text" and text == "own_and_global":
+        return own | of_scene
+    seen = same_scene if pattern == "bidirectional" else same_scene & (place <= place[:, None])
+    return seen | of_scene if joint == "text" else seen
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, exact: bool) -> Tensor:

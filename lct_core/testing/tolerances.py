@@ -27,6 +27,8 @@ EXACT = Bound()
 BOUNDS: dict[torch.dtype, dict[str, Bound]] = {
     torch.float32: {
         "one shot": EXACT,
+        "masked": Bound(absolute=2e-6),
+        "compiled": Bound(absolute=2e-6),
         "definition": Bound(absolute=1e-6),
         "causal": EXACT,
         "cached": Bound(absolute=1e-6),
@@ -41,6 +43,8 @@ BOUNDS: dict[torch.dtype, dict[str, Bound]] = {
     },
     torch.bfloat16: {
         "one shot": Bound(of_own=1.0),
+        "masked": Bound(of_own=1.0),
+        "compiled": Bound(of_own=2.0),
         "definition": Bound(of_own=2.0),
         "causal": EXACT,
         "cached": Bound(of_own=1.0),

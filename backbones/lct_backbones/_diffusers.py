@@ -1,0 +1,166 @@
+"""What the adapters of diffusers' models share, so that each says only what is special about its family."""
+
+from abc import abstractmethod
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from lct_core import Backbone, Shot, ShotInput, Traits, angles
+
+Heads = tuple[Tensor, Tensor, Tensor]
+"""Queries, keys and values, ``[batch, tokens, heads, head_dim]``."""
+
+
+class DiffusersBackbone(Backbone):
+    """The adapter of a model as diffusers ships it: plain modules, each attention with its processor."""
+
+    model: Any
+    #: Names of the attention processors whose arithmetic the adapter has.
+    processors: ClassVar[tuple[str, ...]]
+    #: The model's lists of blocks, in order.
+    stacks: ClassVar[tuple[str, ...]] = ("transformer_blocks",)
+    #: The order in which the head's channels hold a patch: (t)ime, (h)eight, (w)idth, (c)hannel.
+    patches: ClassVar[str] = "(t h w c)"
+    #: Radians per coordinate, ``[3, pairs]``, in the dtype of the model's own angles; for models with RoPE.
+    frequencies: Tensor
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        self.traits = self.describe(model.config)
+
+    @abstractmethod
+    def describe(self, config: Any) -> Traits:
+        """What the model is like, from its configuration."""
+
+    def common(self, config: Any, **traits: Any) -> Traits:
+        """Traits whose values most configurations give under the same names."""
+        heads = config.num_attention_heads
+        shared = {"heads": heads, "kv_heads": heads, "head_dim": config.attention_head_dim}
+        return Traits(**{"latent_channels": config.out_channels or config.in_channels, **shared, **traits})
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """Those of every stack."""
+        return [block for stack in self.stacks for block in getattr(self.model, stack)]
+
+    def rope(self, coords: Tensor) -> Tensor:
+        """Coordinates times frequencies."""
+        return angles(coords, self.frequencies)
+
+    def arguments(self, inputs: ShotInput, timestep: Tensor) -> dict[str, Any]:
+        """What the model's own forward takes for a shot, by name."""
+        return {
+            "hidden_states": inputs.latents,
+            "timestep": timestep,
+            "encoder_hidden_states": inputs.text,
+            **inputs.extras,
+        }
+
+    def single_shot(self, inputs: ShotInput, timestep: Tensor) -> Tensor:
+        """The model's own forward."""
+        return self.model(**self.arguments(inputs, timestep), return_dict=False)[0]
+
+    def unpatchify(self, tokens: Tensor, shot: Shot) -> Tensor:
+        """Patches to latents."""
+        (f, y, x), (t, h, w) = shot.grid, self.traits.patch
+        pattern = f"b (f y x) {self.patches} -> b c (f t) (y h) (x w)"
+        return rearrange(tokens, pattern, f=f, y=y, x=x, t=t, h=h, w=w)
+
+    def cast(self, dtype: torch.dtype) -> None:
+        """As ``from_pretrained(torch_dtype=...)``: the modules that diffusers names stay in float32."""
+        exact = set(self.model._keep_in_fp32_modules or ())
+        for name, tensor in [*self.model.named_parameters(), *self.model.named_buffers()]:
+            if tensor.is_floating_point():
+                tensor.data = tensor.data.to(torch.float32 if exact & set(name.split(".")) else dtype)
+
+    def attentions(self) -> Iterable[nn.Module]:
+        """The attention modules of all blocks."""
+        return [module for block in self.blocks for module in block.children() if hasattr(module, "processor")]
+
+    def refusals(self) -> list[str]:
+        """Features of diffusers that replace a part of the forward, which the engine would pass over."""
+        reasons = []
+        if getattr(self.model, "is_cache_enabled", False):
+            reasons.append("a block cache is on, which skips blocks; call model.disable_cache()")
+        if getattr(self.model, "_parallel_config", None) is not None:
+            reasons.append("context parallelism is on, which splits its tokens; load the model without it")
+        attentions: list[Any] = list(self.attentions())
+        if any(getattr(attention, "fused_projections", False) for attention in attentions):
+            reasons.append("its query, key and value projections are fused; call model.unfuse_qkv_projections()")
+        processors = [attention.processor for attention in attentions]
+        if others := {type(processor).__name__ for processor in processors} - set(self.processors):
+            reasons.append(
+                f"its attention runs {sorted(others)}, which the adapter does not know, expected "
+                f"{list(self.processors)}; set that processor, or load the model without an IP-Adapter and the like"
+            )
+        if any(getattr(processor, "_attention_backend", None) is not None for processor in processors):
+            reasons.append(
+                "an attention backend is set, which its scene model would not use; call "
+                "model.reset_attention_backend() and choose with lct_core.retrofit(model, kernel=...)"
+            )
+        return reasons
+
+
+def project(attn: Any, x: Tensor, source: Tensor | None = None, *, across_heads: bool = False) -> Heads:
+    """Queries of ``x``, keys and values of ``source`` (default: of ``x``), queries and keys normed.
+
+    Args:
+        attn: A diffusers attention with ``to_q``, ``to_k``, ``to_v`` and, where they are not None, its norms.
+        x: ``[batch, tokens, width]``.
+        source: The same.
+        across_heads: Whether the norm is over all heads together, and not over each.
+    """
+    source = x if source is None else source
+    projected = attn.to_q(x), attn.to_k(source), attn.to_v(source)
+    return _normed(attn, projected, (attn.norm_q, attn.norm_k, None), across_heads)
+
+
+def project_added(attn: Any, x: Tensor) -> Heads:
+    """The same of the second stream of a joint attention, by its own weights."""
+    projected = attn.add_q_proj(x), attn.add_k_proj(x), attn.add_v_proj(x)
+    return _normed(attn, projected, (attn.norm_added_q, attn.norm_added_k, None), across_heads=False)
+
+
+def joined(first: Heads, second: Heads) -> Heads:
+    """Queries, keys and values of two streams, one after the other."""
+    q, k, v = (torch.cat(pair, dim=1) for pair in zip(first, second, strict=True))
+    return q, k, v
+
+
+def project_out(attn: Any, x: Tensor) -> Tensor:
+    """The output projection, with its dropout."""
+    return attn.to_out[1](attn.to_out[0](x))
+
+
+def token_timesteps(timestep: Tensor, mask: Tensor, patch: tuple[int, int, int]) -> Tensor:
+    """The timestep of every token, where the model takes one for each.
+
+    Args:
+        timestep: Of the shot, ``[batch]``.
+        mask: ``[batch, frames, height, width]`` of the latents: 0 where they are clean, a condition, and 1 elsewhere.
+        patch: Latents that make one token; its first one decides.
+
+    Returns:
+        ``[batch, tokens]``.
+
+    Raises:
+        ValueError: for a mask outside [0, 1].
+    """
+    if not bool(((mask >= 0) & (mask <= 1)).all()):
+        raise ValueError(
+            f"extras: timestep_mask goes from {mask.min().item():g} to {mask.max().item():g}, expected [0, 1]: 0 where "
+            "the latents are clean, 1 where they are at the shot's noise level"
+        )
+    t, h, w = patch
+    return (mask[:, ::t, ::h, ::w] * timestep.view(-1, 1, 1, 1)).flatten(1)
+
+
+def _normed(attn: Any, projected: Heads, norms: tuple[Any, Any, Any], across_heads: bool) -> Heads:
+    q, k, v = (
+        norm(x).unflatten(2, (attn.heads, -1)) if across_heads else norm(x.unflatten(2, (attn.heads, -1)))
+        for x, norm in ((x, norm or nn.Identity()) for x, norm in zip(projected, norms, strict=True))
+    )
+    return q, k, v

@@ -1,0 +1,127 @@
+"""Wan 2.1 and 2.2 as diffusers ships them: text to video, image to video, and one model for both (TI2V).
+
+A single stream of video tokens; text is cross-attended and has no positions. The axes of its RoPE get 44, 42 and 42 of
+128 channels, float64 angles. A first image comes in three ways:
+
+- Wan 2.1 and 2.2 A14B (I2V) concatenate 20 channels, 4 of mask and 16 of latents, to the noise: ``condition``.
+- Wan 2.1 (I2V) also cross-attends CLIP tokens of the image, ``encoder_hidden_states_image``; with a first and a last
+  image (FLF2V), those of both, one after the other.
+- Wan 2.2 5B (TI2V) has the image's latents in the first frame, and timestep 0 at its tokens: ``timestep_mask``, of the
+  size of the latents without channels, is 0 at the clean frame and 1 elsewhere.
+
+Wan 2.2 A14B is two models, each for its half of the noise levels: retrofit both, then :class:`lct_core.Experts`.
+
+Sources: Wan, arXiv 2503.20314; ``diffusers.models.transformers.transformer_wan`` and ``pipelines.wan``.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from torch import Tensor, nn
+
+from lct_backbones._diffusers import DiffusersBackbone, project, project_out, token_timesteps
+from lct_core import QKV, Extra, Shot, ShotInput, Site, State, Traits, axis_frequencies
+
+_TEXT = 512  # text tokens that an I2V model expects behind those of the image: it splits there
+
+
+class WanBackbone(DiffusersBackbone):
+    """The adapter of ``WanTransformer3DModel``."""
+
+    processors = ("WanAttnProcessor",)
+    stacks = ("blocks",)
+
+    def describe(self, config: Any) -> Traits:
+        """Frames get the channels that do not divide by three."""
+        rope, image = self.model.rope, "encoder_hidden_states_image"
+        self.frequencies = axis_frequencies((rope.t_dim, rope.h_dim, rope.w_dim))
+        extras = {"timestep_mask": Extra(("frames", "height", "width"), image=True)}
+        if condition := config.in_channels - config.out_channels:
+            extras["condition"] = Extra((condition, "frames", "height", "width"), required=True, image=True)
+        if config.image_dim is not None:
+            extras[image] = Extra((config.pos_embed_seq_len or "tokens", config.image_dim), required=True, image=True)
+        return self.common(config, patch=config.patch_size, text_width=config.text_dim, text="cross", extras=extras)
+
+    def shot(self, inputs: ShotInput) -> Shot:
+        """As for any model; beside an image, text must have the 512 tokens that the model expects."""
+        if "encoder_hidden_states_image" in inputs.extras and inputs.text.shape[1:2] != (_TEXT,):
+            raise ValueError(
+                f"text: got {list(inputs.text.shape)}, expected {_TEXT} tokens beside encoder_hidden_states_image: the "
+                "model finds the image's tokens by it; pad the encoded prompt with zeros, as its pipeline does"
+            )
+        return super().shot(inputs)
+
+    def example(self, shot: Shot, **options: Any) -> ShotInput:
+        """Beside an image, with the text that the model expects."""
+        text = _TEXT if "encoder_hidden_states_image" in self.traits.extras else shot.text
+        return super().example(replace(shot, text=text), **options)
+
+    def sites(self, block: nn.Module) -> tuple[Site, ...]:
+        """Self-attention, then text (and the image, which stays inside its shot)."""
+        return (Site("attn1"), Site("attn2", "text"))
+
+    def arguments(self, inputs: ShotInput, timestep: Tensor) -> dict[str, Any]:
+        """The condition joined to the latents; timesteps of tokens; two images of a shot as entries of the batch."""
+        extras, latents, image = dict(inputs.extras), inputs.latents, "encoder_hidden_states_image"
+        if "condition" in extras:
+            latents = torch.cat([latents, extras.pop("condition")], dim=1)
+        if "timestep_mask" in extras:
+            timestep = token_timesteps(timestep, extras.pop("timestep_mask"), self.traits.patch)
+        if image in extras and self.model.config.pos_embed_seq_len is not None:
+            extras[image] = extras[image].unflatten(1, (2, -1)).flatten(0, 1)
+        return super().arguments(replace(inputs, latents=latents, extras=extras), timestep)
+
+    def encode(self, inputs: ShotInput, timestep: Tensor) -> State:
+        """Patches; text; the six modulations of a block, for the shot or for every token."""
+        given = self.arguments(inputs, timestep)
+        video = self.model.patch_embedding(given["hidden_states"]).flatten(2).transpose(1, 2).contiguous()
+        time, modulation, text, image = self.model.condition_embedder(
+            given["timestep"].flatten(),
+            given["encoder_hidden_states"],
+            given.get("encoder_hidden_states_image"),
+            timestep_seq_len=video.shape[1] if given["timestep"].ndim == 2 else None,
+        )
+        conditioning = {"time": time, "modulation": modulation.unflatten(-1, (6, -1)), "text": text}
+        return State({"video": video}, conditioning if image is None else {**conditioning, "image": image})
+
+    def qkv(self, block: Any, site: Site, state: State) -> QKV:
+        """Of the video; or queries of the video, keys and values of the text."""
+        video, attn, image = state.streams["video"], getattr(block, site.name), state.conditioning.get("image")
+        if site.name == "attn1":
+            shift, scale, *_ = _chunks(block.scale_shift_table + state.conditioning["modulation"].float(), 6)
+            x = (block.norm1(video.float()) * (1 + scale) + shift).type_as(video)
+            return QKV(*project(attn, x, across_heads=True))
+        x = block.norm2(video.float()).type_as(video)
+        q, k, v = project(attn, x, state.conditioning["text"], across_heads=True)
+        return QKV(q, k, v, None if image is None else _attend_image(attn, q, image))
+
+    def finish(self, block: Any, site: Site, state: State, attended: Tensor, aux: Any) -> dict[str, Tensor]:
+        """The gate of the self-attention; or the text's output, and the MLP."""
+        video, attn, out = state.streams["video"], getattr(block, site.name), attended.flatten(2)
+        parts = _chunks(block.scale_shift_table + state.conditioning["modulation"].float(), 6)
+        _, _, gate, shift, scale, mlp_gate = parts
+        if site.name == "attn1":
+            return {"video": (video.float() + project_out(attn, out) * gate).type_as(video)}
+        video = video + project_out(attn, out if aux is None else out + aux)
+        x = (block.norm3(video.float()) * (1 + scale) + shift).type_as(video)
+        return {"video": (video.float() + block.ffn(x).float() * mlp_gate).type_as(video)}
+
+    def head(self, state: State) -> Tensor:
+        """The final layer."""
+        video, time = state.streams["video"], state.conditioning["time"]
+        shift, scale = _chunks(self.model.scale_shift_table.to(time.device) + time.unsqueeze(-2), 2)
+        return self.model.proj_out((self.model.norm_out(video.float()) * (1 + scale) + shift).type_as(video))
+
+
+def _attend_image(attn: Any, q: Tensor, image: Tensor) -> Tensor:
+    """Cross-attention to the image's tokens, which stays inside its shot."""
+    k, v = attn.norm_added_k(attn.add_k_proj(image)), attn.add_v_proj(image)
+    return dispatch_attention_fn(q, *(x.unflatten(2, (attn.heads, -1)) for x in (k, v))).flatten(2).type_as(q)
+
+
+def _chunks(modulation: Tensor, count: int) -> list[Tensor]:
+    """``[batch, count, width]``, or the same for every token, as ``count`` tensors ``[batch, 1 or tokens, width]``."""
+    parts = modulation.chunk(count, dim=-2)
+    return [x.squeeze(2) for x in parts] if modulation.ndim == 4 else list(parts)

@@ -1,0 +1,58 @@
+"""What the tests need to know of a family, beside its adapter: facts about the model that the oracle goes by."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lct_core import Shot, ShotInput
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One model of a family at a tiny size.
+
+    Args:
+        name: Family and variant.
+        model: Makes it, every time the same.
+        joined: Its attention modules that join shots.
+        text: Its attention modules whose keys are text alone; none where text is part of self-attention.
+        diagonal: Angles of one diagonal step, ``[heads or 1, pairs]``; None without RoPE.
+        pairing: Which channels they turn.
+        steps: Diagonal steps that a shot takes, from its inputs and token grid.
+        without: Extras that are left out.
+        shots: Text lengths and token grids of three unequal shots.
+        masks_padding: Whether the model always runs with a mask, which changes sums in the last bits.
+    """
+
+    name: str
+    model: Callable[[], nn.Module]
+    joined: Callable[[Any], Sequence[nn.Module]]
+    text: Callable[[Any], Sequence[nn.Module]] | None = None
+    diagonal: Tensor | None = None
+    pairing: str = "interleaved"
+    steps: Callable[[ShotInput, Shot], int] = lambda inputs, shot: max(shot.grid)
+    without: tuple[str, ...] = ()
+    shots: tuple[Shot, ...] = (Shot(3, (2, 3, 4)), Shot(2, (1, 1, 2)), Shot(5, (1, 4, 2)))
+    masks_padding: bool = False
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def random_model(make: Callable[..., nn.Module], *, scale: float = 0.1, **config: Any) -> nn.Module:
+    """A model in evaluation mode, every time the same, every weight away from where it starts: gates start at zero."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = make(**config)
+        for parameter in model.parameters():
+            parameter.data.add_(torch.randn_like(parameter), alpha=scale)
+    return model.eval()
+
+
+def series(*channels: int, theta: float = 10_000.0) -> Tensor:
+    """The angles of one step along every axis at once: for each axis in turn, theta to the power of -2i / channels."""
+    rows = [[theta ** (-2 * i / n) for i in range(n // 2)] for n in channels]
+    return torch.tensor([[angle for row in rows for angle in row]], dtype=torch.float64)
