@@ -22,6 +22,7 @@ from lct_core.backbone import (
 )
 from lct_core.cache import CachedShot, KVCache
 from lct_core.coordinates import coordinates
+from lct_core.experts import ExpertCache, Experts
 from lct_core.layout import Layout, Range, Shot
 from lct_core.losses import SceneLoss, scene_loss, tuning_loss
 from lct_core.masks import (
@@ -56,6 +57,8 @@ __all__ = [
     "Backbone",
     "BackboneSpec",
     "CachedShot",
+    "ExpertCache",
+    "Experts",
     "Extra",
     "KVCache",
     "Kernel",

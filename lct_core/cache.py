@@ -101,6 +101,11 @@ class KVCache:
         return max((entry.origin + entry.extent for entry in self._history), default=0)
 
     @property
+    def staged(self) -> Stage | None:
+        """What the last call wrote and :meth:`append` would keep."""
+        return self._stage
+
+    @property
     def nbytes(self) -> int:
         """Bytes of memory held, spare room included."""
         return sum(t.nbytes for store in self._stores.values() for t in (store.k, store.v, *store.originals.values()))

@@ -1,9 +1,11 @@
 """``lct backbones``: the installed backbone families."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import click
 
+from lct_core.backbone import Support
 from lct_core.plugins import Registry, registry
 
 
@@ -25,14 +27,31 @@ def backbone_rows(registry: Registry) -> list[BackboneRow]:
     ]
 
 
+def support_table(registry: Registry) -> str:
+    """What is served, and what is refused and why, as Markdown: the table in the README."""
+    specs = registry.backbones.items()
+    served = [(name, *row) for name, spec in specs for row in spec.support]
+    refused = [(full.rpartition(".")[2], why) for _, spec in specs for full, why in spec.refuses.items()]
+    header = ("backbone", *Support._fields)
+    return "\n".join([*_markdown(header, served), "", *_markdown(("refused", "because"), sorted(refused))])
+
+
+def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)]
+
+
 @click.command("backbones")
-def command() -> None:
+@click.option("--support", is_flag=True, help="Print what is served in detail, and what is refused, as Markdown.")
+def command(support: bool) -> None:
     """List the backbone families whose models can be retrofitted.
 
     \b
     Example:
-      lct backbones
+      lct backbones --support
     """
+    if support:
+        click.echo(support_table(registry()))
+        return
     from rich import box
     from rich.console import Console
     from rich.table import Table

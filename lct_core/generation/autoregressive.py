@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from lct_core.backbone import ShotInput
+from lct_core.experts import Experts
 from lct_core.generation.common import history_noise, left_to_generate
 from lct_core.generation.conditional import conditional
 from lct_core.generation.euler import Callback, Latents, Step
@@ -14,7 +15,7 @@ from lct_core.scene_model import SceneModel, with_dummy_video
 
 
 def autoregressive(
-    model: SceneModel,
+    model: SceneModel | Experts,
     scene: Sequence[ShotInput],
     given: Mapping[int, Latents] | None = None,
     *,

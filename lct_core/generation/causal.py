@@ -6,7 +6,7 @@ from functools import partial
 import torch
 
 from lct_core.backbone import ShotInput
-from lct_core.cache import KVCache
+from lct_core.experts import Experts, new_cache
 from lct_core.generation.common import as_condition, history_noise, left_to_generate, predict
 from lct_core.generation.euler import Callback, Latents, euler
 from lct_core.generation.guidance import Guidance, branches
@@ -16,7 +16,7 @@ from lct_core.scene_model import SceneModel, with_dummy_video
 
 @torch.no_grad()
 def causal(
-    model: SceneModel,
+    model: SceneModel | Experts,
     scene: Sequence[ShotInput],
     given: Mapping[int, Latents] | None = None,
     *,
@@ -60,7 +60,7 @@ def causal(
     scene = with_dummy_video(scene, model.adapter)
     texts = branches(scene, guidance)
     caches = [
-        KVCache(capacity=sum(model.adapter.shot(shot).tokens for shot in branch if shot.latents is not None))
+        new_cache(model, capacity=sum(model.adapter.shot(shot).tokens for shot in branch if shot.latents is not None))
         for branch in texts
     ]
     shots = [i for i, shot in enumerate(scene) if shot.role != "global"]

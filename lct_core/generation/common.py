@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lct_core.backbone import ShotInput, describe
 from lct_core.cache import KVCache
+from lct_core.experts import ExpertCache, Experts
 from lct_core.generation.euler import Latents, wide
 from lct_core.generation.guidance import Guidance
 from lct_core.masks import Pattern
@@ -65,7 +66,7 @@ def left_to_generate(
     return left
 
 
-def as_condition(model: SceneModel, latents: Latents, noise: Latents, t_c: float) -> Latents:
+def as_condition(model: SceneModel | Experts, latents: Latents, noise: Latents, t_c: float) -> Latents:
     """A clean shot at the noise level of a condition; in float32 at least."""
     level = torch.full((len(latents),), t_c / 1000, dtype=torch.float32)
     clean = wide(latents).to(noise.device)
@@ -79,7 +80,7 @@ def history_noise(shot: ShotInput, i: int, seed: int) -> Latents:
 
 
 def predict(
-    model: SceneModel,
+    model: SceneModel | Experts,
     branches: Sequence[Sequence[ShotInput]],
     guidance: Guidance | None,
     latents: Mapping[int, Latents],
@@ -87,12 +88,12 @@ def predict(
     active: Sequence[int],
     *,
     pattern: str | Pattern,
-    caches: Sequence[KVCache | None] = (None, None),
+    caches: Sequence[KVCache | ExpertCache | None] = (None, None),
 ) -> list[Latents]:
     """The guided velocity of some shots of a scene.
 
     Args:
-        model: The scene model.
+        model: The scene model, or its experts: the active shots decide which of them runs.
         branches: The scene, and the same with negative prompts where guidance has an effect.
         guidance: How to combine them.
         latents: What stands in for the scene's latents, by index; the model gets it in the dtype of the scene's.
@@ -112,7 +113,12 @@ def predict(
             replace(shot, latents=latents[i].to(shot.latents.dtype)) if i in latents else shot
             for i, shot in enumerate(branch)
         ]
-        outputs = model(scene, t, pattern=pattern, cache=cache)
+        if isinstance(model, Experts):
+            assert cache is None or isinstance(cache, ExpertCache)
+            outputs = model(scene, t, pattern=pattern, cache=cache, denoised=active)
+        else:
+            assert not isinstance(cache, ExpertCache)
+            outputs = model(scene, t, pattern=pattern, cache=cache)
         said.append(
             [
                 path.to_velocity(outputs[i].to(latents[i].dtype), latents[i], t[i].expand(len(latents[i])))

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from lct_core.backbone import ShotInput
+from lct_core.experts import Experts
 from lct_core.generation.common import as_condition, left_to_generate, predict
 from lct_core.generation.euler import Callback, Latents, euler
 from lct_core.generation.guidance import Guidance, branches
@@ -14,7 +15,7 @@ from lct_core.scene_model import SceneModel
 
 @torch.no_grad()
 def conditional(
-    model: SceneModel,
+    model: SceneModel | Experts,
     scene: Sequence[ShotInput],
     given: Mapping[int, Latents],
     *,

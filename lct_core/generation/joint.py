@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from lct_core.backbone import ShotInput
+from lct_core.experts import Experts
 from lct_core.generation.conditional import conditional
 from lct_core.generation.euler import Callback, Latents
 from lct_core.generation.guidance import Guidance
@@ -11,7 +12,7 @@ from lct_core.scene_model import SceneModel
 
 
 def joint(
-    model: SceneModel,
+    model: SceneModel | Experts,
     scene: Sequence[ShotInput],
     *,
     steps: int = 32,

@@ -1,0 +1,1 @@
+"""A made-up video DiT and its lct-core adapter."""

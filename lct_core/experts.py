@@ -1,0 +1,149 @@
+"""Two experts that share out the noise levels, each a scene model with a cache of its own (Wan 2.2, A14B)."""
+
+from collections.abc import Hashable, Iterable, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lct_core.backbone import Backbone
+from lct_core.cache import CachedShot, KVCache
+from lct_core.masks import Pattern
+from lct_core.scene_model import Scene, SceneModel, as_scenes, noise_levels
+
+
+class ExpertCache:
+    """The history of a scene, once for each expert: their keys and values are never mixed.
+
+    What :class:`KVCache` offers for a whole history is done to both.
+    """
+
+    def __init__(self, *, capacity: int = 0) -> None:
+        self.high, self.low = KVCache(capacity=capacity), KVCache(capacity=capacity)
+
+    @property
+    def shots(self) -> tuple[CachedShot, ...]:
+        """The selected history, in the order in which it is seen."""
+        return self.high.shots
+
+    @property
+    def ids(self) -> tuple[Hashable, ...]:
+        """The ids of every shot that the cache holds."""
+        return self.high.ids
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory held for both experts."""
+        return self.high.nbytes + self.low.nbytes
+
+    def append(self, *ids: Hashable) -> None:
+        """Keep the shots of the last call as history, under these ids.
+
+        Raises:
+            ValueError: where only one expert has written them since, and as :meth:`KVCache.append` does.
+        """
+        high, low = self.high.staged, self.low.staged
+        if high is not low and (high is None or low is None or not torch.equal(high.levels, low.levels)):
+            raise ValueError(
+                "append: one expert alone has written these shots last; both need them: pass them once more, at their "
+                "level as history, with denoised=()"
+            )
+        self.high.append(*ids)
+        self.low.append(*ids)
+
+    def select(self, ids: Iterable[Hashable], *, reposition: bool = True) -> None:
+        """Choose the shots that later calls see, see :meth:`KVCache.select`."""
+        chosen = list(ids)
+        for cache in (self.high, self.low):
+            cache.select(chosen, reposition=reposition)
+
+    def reposition(self, origins: Sequence[int] | None = None) -> None:
+        """Move the history's shots along the diagonal, see :meth:`KVCache.reposition`."""
+        for cache in (self.high, self.low):
+            cache.reposition(origins)
+
+
+class Experts:
+    """Two scene models, one for high noise levels and one for low ones; used like a :class:`SceneModel`.
+
+    The shots that are being denoised decide which of them runs, not conditions or a history at a low level beside them.
+
+    Args:
+        high: The expert of levels from ``boundary`` up (diffusers: ``pipeline.transformer``).
+        low: The expert of levels below it (diffusers: ``pipeline.transformer_2``).
+        boundary: The level where they meet (diffusers: ``boundary_ratio``; upstream, Wan 2.2: 0.875 for text to video,
+            0.9 for image to video).
+
+    Raises:
+        ValueError: for experts that do not take the same inputs, and a boundary outside (0, 1).
+    """
+
+    def __init__(self, high: SceneModel, low: SceneModel, *, boundary: float) -> None:
+        if not 0 < boundary < 1:
+            raise ValueError(f"boundary: got {boundary!r}, expected a noise level between 0 and 1, such as 0.875")
+        if high.adapter.traits != low.adapter.traits or (high.scheme, high.text) != (low.scheme, low.text):
+            raise ValueError(
+                "high, low: their traits, scheme or text differ, expected two experts of one model, retrofitted alike"
+            )
+        self.high, self.low, self.boundary = high, low, boundary
+
+    @property
+    def adapter(self) -> Backbone:
+        """An adapter that says what both take."""
+        return self.high.adapter
+
+    def __call__(
+        self,
+        shots: Scene | Sequence[Scene],
+        t: Float[Tensor, "*batch num_shots"],
+        *,
+        pattern: str | Pattern = "bidirectional",
+        cache: ExpertCache | None = None,
+        denoised: Sequence[int] | None = None,
+    ) -> list[Any]:
+        """Predict for all shots at once, as :class:`SceneModel` does, by the expert of the denoised shots' level.
+
+        Args:
+            shots: As :class:`SceneModel` takes them.
+            t: Noise level of every shot.
+            pattern: As :class:`SceneModel` takes it.
+            cache: The history; the expert that runs sees and writes its own.
+            denoised: The shots that are being denoised, counted from 0 in row order (default: the noisiest). None of
+                them, ``()``, is for a pass that writes history: both experts run, each for its own cache.
+
+        Raises:
+            ValueError: where the denoised shots lie on both sides of the boundary, and as :class:`SceneModel` does.
+        """
+        if cache is not None and not isinstance(cache, ExpertCache):
+            raise ValueError(f"cache: got a {type(cache).__name__}, expected an ExpertCache: one history per expert")
+        high, low = (self.high, None if cache is None else cache.high), (self.low, None if cache is None else cache.low)
+        if denoised is not None and not len(denoised):
+            chosen = [high, low]
+        else:
+            chosen = [high if self._is_high(shots, t, denoised) else low]
+        *_, outputs = [expert(shots, t, pattern=pattern, cache=own) for expert, own in chosen]
+        return outputs
+
+    def _is_high(self, shots: Scene | Sequence[Scene], t: Tensor, denoised: Sequence[int] | None) -> bool:
+        scenes, _ = as_scenes(shots)
+        inputs = [shot for scene in scenes for shot in scene]
+        levels = noise_levels(t, [shot.role for shot in inputs], len(inputs[0].text))
+        if denoised is None:
+            deciding = levels.amax(dim=1)
+        elif all(isinstance(i, int) and 0 <= i < len(inputs) for i in denoised):
+            deciding = levels[:, list(denoised)]
+        else:
+            raise ValueError(f"denoised: got {list(denoised)}, expected shots counted from 0, below {len(inputs)}")
+        high = deciding >= self.boundary
+        if bool(high.any()) != bool(high.all()):
+            raise ValueError(
+                f"t: the denoised shots are at {deciding.flatten().tolist()}, on both sides of the boundary "
+                f"{self.boundary}, expected one side: one expert runs at a time; call once for each side"
+            )
+        return bool(high.any())
+
+
+def new_cache(model: SceneModel | Experts, *, capacity: int = 0) -> Any:
+    """An empty history for a model: a :class:`KVCache`, or one for each expert."""
+    return ExpertCache(capacity=capacity) if isinstance(model, Experts) else KVCache(capacity=capacity)
