@@ -1,6 +1,6 @@
 """What this distribution announces: every backbone family that comes with the library."""
 
-from lct_core import BackboneSpec, hookimpl
+from lct_core import BackboneSpec, Support, hookimpl
 
 _DIFFUSERS = "diffusers.models.transformers"
 
@@ -15,6 +15,17 @@ def lct_backbones() -> list[BackboneSpec]:
             handles=("lct_backbones.mmdit.MMDiT",),
             adapter="lct_backbones.mmdit:MMDiTBackbone",
             build="lct_backbones.mmdit:MMDiT",
+            support=(
+                Support(
+                    models="MMDiT of any size",
+                    text="joint",
+                    positions="3D RoPE, fp64",
+                    path="rectified flow, velocity",
+                    time="0 to 1000",
+                    images="given shots",
+                    tested="conformance, demo",
+                ),
+            ),
         ),
         BackboneSpec(
             name="wan",

@@ -110,10 +110,12 @@ class ModelCard:
             ValueError: for a factory that fails or returns anything but a model or adapter with a codec.
         """
         model, codec = _built(self.source) if self.factory is None else _own(self.factory)
+        adapter = model if isinstance(model, Backbone) else registry().adapter(model)
         scene_model = retrofit(
-            model.model if isinstance(model, Backbone) else model,
+            adapter.model,
+            backbone=adapter,
             scheme=self.scheme,
-            backbone=model if isinstance(model, Backbone) else None,
+            text="own" if adapter.traits.text == "joint" else "own_and_global",  # scripts have a global prompt
             gradient_checkpointing=gradient_checkpointing,
             batch_shots=self.factory is None,  # a small model's time goes into many small operations
         )
