@@ -39,6 +39,7 @@ from lct_core.masks import (
 )
 from lct_core.noise import (
     RectifiedFlow,
+    VariancePreserving,
     condition_levels,
     joint_levels,
     sample_levels,
@@ -79,6 +80,7 @@ __all__ = [
     "State",
     "Support",
     "Traits",
+    "VariancePreserving",
     "Varlen",
     "angles",
     "attend",

@@ -17,7 +17,7 @@ from lct_core.coordinates import shot_coordinates
 from lct_core.layout import Role, Shot
 from lct_core.masks import AttentionPlan
 from lct_core.noise import Path, RectifiedFlow
-from lct_core.rope import Pairing
+from lct_core.rope import Pairing, Rotation, rotate
 
 TextPath = Literal["joint", "cross"]
 Joint = Literal["joined", "own_shot", "text"]
@@ -148,8 +148,8 @@ class Extra(NamedTuple):
     Args:
         shape: Its axes after the batch: a size, ``"frames"``, ``"height"`` or ``"width"`` for that of the latents, or
             any other word for an axis of any size. None for a plain number.
-        required: Whether a shot must have it. A global shot need not: what follows the latents is zero there, as its
-            dummy video is, and the rest may be left out.
+        required: Whether a shot must have it; a global shot need not where it is an image condition or follows the
+            latents: it is then zero, as its dummy video is, or left out.
         image: Whether it is an image condition.
     """
 
@@ -177,7 +177,8 @@ class Traits:
         text: ``"joint"`` where text tokens take part in self-attention, ``"cross"`` where it is cross-attended.
         text_first: Whether text tokens come before video tokens in self-attention.
         pairing: How RoPE pairs channels; None for a model without RoPE.
-        unit: Native coordinates, ``(frames, height, width)``, that make one step along the diagonal.
+        unit: Native coordinates, ``(frames, height, width)`` and any further axes of the model's own, that make one
+            step along the diagonal; 0 on an axis along which shots do not move.
         timesteps: The model's own timestep at noise level 0 (clean) and 1 (noise); linear between.
         path: Noising and training target.
         extras: What ``ShotInput.extras`` may hold, by name.
@@ -194,7 +195,7 @@ class Traits:
     text: TextPath
     text_first: bool = True
     pairing: Pairing | None = "interleaved"
-    unit: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    unit: tuple[float, ...] = (1.0, 1.0, 1.0)
     timesteps: tuple[float, float] = (0.0, 1000.0)
     path: Path = field(default_factory=RectifiedFlow)
     extras: Mapping[str, Extra] = field(default_factory=dict)
@@ -265,8 +266,8 @@ class Backbone(ABC):
         """The attentions of a block, in order (default: one self-attention over the joined shots)."""
         return (Site("self"),)
 
-    def rope(self, coords: Float[Tensor, "tokens 3"]) -> Float[Tensor, "tokens heads pairs"]:
-        """The angles, in radians and in the model's own dtype, at native coordinates; linear in them.
+    def rope(self, coords: Float[Tensor, "tokens axes"]) -> Float[Tensor, "tokens heads pairs"]:
+        """The angles, in radians and in the model's own dtype, at native coordinates of one shot; affine in them.
 
         Needed wherever ``traits.pairing`` is given. A heads axis of 1 serves all heads.
         """
@@ -275,10 +276,15 @@ class Backbone(ABC):
             "adapter must give angles; a model without RoPE has pairing=None"
         )
 
-    def coordinates(self, inputs: ShotInput, shot: Shot) -> Float[Tensor, "tokens 3"]:
+    def rotate(self, x: Float[Tensor, "batch tokens heads head_dim"], by: Rotation) -> Tensor:
+        """Queries or keys, turned (default: as :func:`lct_core.rotate`); override where the model rounds otherwise."""
+        return rotate(x, by)
+
+    def coordinates(self, inputs: ShotInput, shot: Shot) -> Float[Tensor, "tokens axes"]:
         """The model's own coordinates of a shot's self-attention tokens, in its own order and units (float64, CPU).
 
-        Default: text that has no RoPE at the origin, video at ``(frame, row, column)``.
+        As many axes as ``traits.unit`` has. Default: text that has no RoPE at the origin, video at
+        ``(frame, row, column)``.
         """
         return shot_coordinates(shot, scheme="anchored", text_first=self.traits.text_first).double()
 
@@ -327,6 +333,17 @@ class Backbone(ABC):
         }
         return ShotInput(latents=latents.to(dtype), text=text.to(dtype), extras=extras, role=shot.role)
 
+    def noisy(self, inputs: ShotInput) -> Tensor | None:
+        """Where a shot's latents are at its noise level, 1, and where they are a clean condition, 0; None: all are noisy.
+
+        ``[batch, 1, frames or 1, height or 1, width or 1]``.
+
+        What is clean stays as it is in sampling, and has no loss in training. Default: the extra ``timestep_mask``,
+        for every latent frame or for every latent, where the shot has it.
+        """
+        mask = inputs.extras.get("timestep_mask")
+        return None if mask is None else mask.reshape(len(mask), 1, *mask.shape[1:], *[1] * (4 - mask.ndim))
+
     def prepare(self, inputs: ShotInput) -> ShotInput:
         """The shot as :meth:`encode` gets it: padding cut off its text, and a global shot's image conditions zero.
 
@@ -353,7 +370,7 @@ class Backbone(ABC):
                     "same number in every entry of the batch, padding behind: entries of a batch share one layout; "
                     "call once for each, or put scenes side by side in a row"
                 )
-            text = text[:, :length]
+            text = text[:, :length].contiguous()  # a matmul's bits depend on the strides
         return replace(inputs, text=text, extras=extras)
 
     def _extra_shape(self, extra: Extra, latents: Tensor) -> list[int]:
@@ -368,8 +385,13 @@ class Backbone(ABC):
                 f"extras: got {sorted(unknown)}, which {type(self.model).__name__} does not take; "
                 f"it takes {sorted(takes) or 'none'}"
             )
-        missing = [name for name, extra in takes.items() if extra.required and name not in inputs.extras]
-        if missing and inputs.role == "shot":
+        missing = [
+            name
+            for name, extra in takes.items()
+            if extra.required and name not in inputs.extras
+            if inputs.role == "shot" or not (extra.image or extra.follows_latents)
+        ]
+        if missing:
             shapes = [f"{name} {_words(('batch', *(takes[name].shape or ())))}" for name in missing]
             raise ValueError(
                 f"extras: got {sorted(inputs.extras) or 'none'}, but this {type(self.model).__name__} also needs "

@@ -54,19 +54,20 @@ def extent(shot: Shot, *, scheme: Scheme) -> int:
     return max(shot.grid) + (shot.text if scheme == "paper" else 0)
 
 
-def measured_extent(coords: Float[Tensor, "tokens 3"], unit: tuple[float, float, float]) -> int:
+def measured_extent(coords: Float[Tensor, "tokens axes"], unit: tuple[float, ...]) -> int:
     """The extent of a shot that stands at its base model's own coordinates.
 
-    One step more than the largest coordinate over all axes, in diagonal units, rounded up. A thousandth of a step is
-    taken for the rounding of coordinates (ours): in floating point 3 · 0.1 / 0.1 is more than 3.
+    One step more than the largest coordinate over all axes of the diagonal, in its units, rounded up. A thousandth of a
+    step is taken for the rounding of coordinates (ours): in floating point 3 · 0.1 / 0.1 is more than 3.
 
     Args:
         coords: The base model's coordinates of the shot's tokens, text included, before any move.
-        unit: The coordinates, per axis, that make one diagonal step.
+        unit: The coordinates, per axis, that make one diagonal step; 0 on an axis along which it does not go.
     """
     if not len(coords):
         return 0
-    steps = coords.double() / torch.tensor(unit, dtype=torch.float64, device=coords.device)
+    axes = [axis for axis, size in enumerate(unit) if size]
+    steps = coords.double()[:, axes] / torch.tensor(unit, dtype=torch.float64, device=coords.device)[axes]
     return 1 + int((steps.max() - 1e-3).ceil())
 
 

@@ -4,13 +4,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, stack
 from torch.nn import functional as F
 
-from lct_core.backbone import ShotInput, describe
+from lct_core.backbone import Backbone, ShotInput, describe
 from lct_core.masks import Pattern
-from lct_core.noise import Path
 from lct_core.scene_model import Scene, SceneModel, as_scenes, noise_levels
 
 
@@ -77,14 +77,29 @@ def tuning_loss(
     batch = next((len(shot.latents) for scene in scenes for shot in scene if isinstance(shot.latents, Tensor)), 1)
     levels = iter(noise_levels(t, roles, batch).unbind(-1))
     pairs = [
-        [_noised(model.adapter.traits.path, shot, eps, next(levels)) for shot, eps in zip(scene, draw, strict=True)]
+        [_noised(model.adapter, shot, eps, next(levels)) for shot, eps in zip(scene, draw, strict=True)]
         for scene, draw in zip(scenes, draws, strict=True)
     ]
     outputs = model([[shot for shot, _ in scene] for scene in pairs], t, pattern=pattern)
-    return scene_loss(outputs, [[target for _, target in scene] for scene in pairs])
+    said = [
+        [_judged(model.adapter, *pair) for pair in zip(*both, strict=True)] for both in zip(pairs, outputs, strict=True)
+    ]
+    return scene_loss(
+        [[out for out, _ in scene] for scene in said], [[target for _, target in scene] for scene in said]
+    )
 
 
-def _noised(path: Path, shot: ShotInput, eps: Tensor, level: Tensor) -> tuple[ShotInput, Tensor | None]:
+def _judged(adapter: Backbone, given: tuple[ShotInput, Tensor | None], out: Any) -> tuple[Any, Any]:
+    """A prediction and its target, without what was clean: a condition has no loss."""
+    shot, target = given
+    noisy = None if target is None else adapter.noisy(shot)
+    if noisy is None or target is None:
+        return out, target
+    judged = noisy.bool().expand_as(target)
+    return out[judged], target[judged]
+
+
+def _noised(adapter: Backbone, shot: ShotInput, eps: Tensor, level: Tensor) -> tuple[ShotInput, Tensor | None]:
     """A shot at its noise level, and what is to be predicted of it."""
     if shot.role == "global":
         return shot, None
@@ -93,7 +108,10 @@ def _noised(path: Path, shot: ShotInput, eps: Tensor, level: Tensor) -> tuple[Sh
             f"shots, noise: got latents {describe(shot.latents)} and noise {describe(eps)}, expected tensors "
             "alike: only a global shot goes without"
         )
-    return replace(shot, latents=path.add_noise(shot.latents, eps, level)), path.target(shot.latents, eps, level)
+    path, clean, noisy = adapter.traits.path, shot.latents, adapter.noisy(shot)
+    noised = path.add_noise(clean, eps, level)
+    noised = noised if noisy is None else torch.where(noisy.bool(), noised, clean)
+    return replace(shot, latents=noised), path.target(clean, eps, level)
 
 
 def _pairs(a: Sequence[Any], b: Sequence[Any]) -> Iterator[tuple[Any, Any]]:

@@ -256,24 +256,34 @@ def seen_text(layout: Layout, plan: AttentionPlan) -> AttentionPlan:
     Args:
         layout: The row's scenes of shots, with their texts.
         plan: Who sees whom in the self-attention of ``layout.video_only``.
+
+    Raises:
+        ValueError: where a shot sees no text at all.
     """
     videos = consecutive(shot.video for shot in layout.shots)
     texts = consecutive(shot.text for shot in layout.shots)
-    prompts = {  # a global prompt without video is seen by its whole scene
-        layout.scene_spans[s]: texts[shots.start]
-        for s, shots in enumerate(layout.scene_shots)
-        if layout.shots[shots.start].role == "global"
-    }
+    scenes = list(zip(layout.video_only.scene_spans, layout.scene_shots, strict=True))
     segments = []
     for queries, keys in plan.segments:
-        own = next(i for i, video in enumerate(videos) if video.start <= queries.start < video.stop)
-        scene = next(span for span, shots in zip(layout.scene_spans, layout.scene_shots, strict=True) if own in shots)
         shown = [
             text
             for video, text in zip(videos, texts, strict=True)
-            if any(video.start < r.stop and r.start < video.stop for r in keys)
+            if video.size and any(video.start < r.stop and r.start < video.stop for r in keys)
         ]
-        segments.append(Segment(queries, _merge([*shown, *([prompts[scene]] if scene in prompts else [])])))
+        for span, shots in scenes:
+            part = Range(max(queries.start, span.start), min(queries.stop, span.stop))
+            if part.start >= part.stop:
+                continue
+            # A global prompt without video is shown by no plan: its whole scene sees it.
+            prompt = [texts[shots.start]] if layout.shots[shots.start].role == "global" else []
+            seen = _merge([*shown, *prompt])
+            if not seen:
+                own = next(i for i, video in enumerate(videos) if video.start <= part.start < video.stop)
+                raise ValueError(
+                    f"layout: shot {own} (in row order) has no text to attend to, expected text > 0 in a shot that it "
+                    "sees or a global shot in its scene"
+                )
+            segments.append(Segment(part, seen))
     return AttentionPlan(plan.queries, texts[-1].stop, tuple(segments))
 
 

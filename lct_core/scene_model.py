@@ -10,6 +10,7 @@ from typing import Any, Literal, cast, get_args
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lct_core import masks
@@ -20,7 +21,7 @@ from lct_core.coordinates import Scheme, check_scheme, extent, measured_extent, 
 from lct_core.layout import Layout, Range, Role
 from lct_core.masks import PATTERNS, AttentionPlan, Pattern
 from lct_core.plugins import registry
-from lct_core.rope import Rotation, rotate, rotation
+from lct_core.rope import Rotation, rotation
 
 Scene = Sequence[ShotInput]
 TextScope = Literal["own", "own_and_global", "all"]
@@ -292,7 +293,8 @@ class _Call:
             for _ in scene:
                 shot, given = next(shots), next(remaining)
                 if scheme == "paper":
-                    coords = shot_coordinates(shot, scheme=scheme, text_first=traits.text_first) * unit
+                    coords = shot_coordinates(shot, scheme=scheme, text_first=traits.text_first)
+                    coords = F.pad(coords, (0, len(unit) - 3)) * unit  # 0 on axes of the model's own
                     steps = extent(shot, scheme=scheme)
                 else:
                     coords = self.adapter.coordinates(given, shot)
@@ -319,7 +321,8 @@ class _Call:
         """The angles of one step along the diagonal, by which a cached shot is moved."""
         if self.adapter.traits.pairing is None:
             return None
-        return self.adapter.rope(torch.tensor([self.adapter.traits.unit], dtype=torch.float64, device=device))[0]
+        unit = torch.tensor([self.adapter.traits.unit], dtype=torch.float64, device=device)
+        return (self.adapter.rope(unit) - self.adapter.rope(torch.zeros_like(unit)))[0]
 
 
 class _BlockCall:
@@ -357,7 +360,7 @@ class _BlockCall:
         q, k, v = (_cat(parts, dim=1) for parts in (queries, keys, values))
         by = call.rotations[site.tokens]
         if by is not None and site.joint != "text":
-            q, k = rotate(q, by), rotate(k, by)
+            q, k = call.adapter.rotate(q, by), call.adapter.rotate(k, by)
         q, k, v = _autocast(q, k, v)
         if call.cache is not None and call.cached(site):
             if k.requires_grad or v.requires_grad:

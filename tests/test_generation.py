@@ -10,9 +10,10 @@ import pytest
 import torch
 from hypothesis import given as drawn
 from hypothesis import strategies as st
+from toys import CROSS, toy
 
 from lct_backbones.mmdit import tiny
-from lct_core import KVCache, Shot, ShotInput, generation, retrofit, selected_history, shot_noise
+from lct_core import Extra, KVCache, Shot, ShotInput, generation, retrofit, selected_history, shot_noise
 from lct_core import cache as cache_module
 from lct_core.codec import Codec, LinearCodec
 from lct_core.generation import (
@@ -43,6 +44,11 @@ SHOT_AFTER_SHOT = ("autoregressive", "causal")
 
 
 @once
+def width(step, steps):
+    """Of a step, as the difference of the two levels: 1 / steps, but for its last bit."""
+    return (1 - step / steps) - (1 - (step + 1) / steps)
+
+
 def scene_model(scheme="anchored"):
     return retrofit(tiny(), scheme=scheme)
 
@@ -118,21 +124,24 @@ def at_once(model, scene, given, *, steps, t_c=100.0, pattern="bidirectional", g
         levels = [0.0 if shot.role == "global" else t_c / 1000 if i in given else t for i, shot in enumerate(scene)]
         now = [replace(s, latents=state[i].to(s.latents)) if i in state else s for i, s in enumerate(scene)]
         change = velocity(model, now, torch.tensor(levels), pattern=pattern, guidance=guidance)
-        state |= {i: z - change[i] / steps for i, z in state.items() if i not in given}
+        state |= {i: z - width(step, steps) * change[i] for i, z in state.items() if i not in given}
     return [given.get(i, state.get(i)) for i in range(len(scene))]
 
 
-def with_dummy_video(scene):
-    """A global shot's video: zeros, one latent frame, as large as the scene's first shot, whichever shots are seen."""
+def with_dummy_video(scene, model):
+    """A global shot's video: zeros, one latent frame, as large as the scene's first shot, whichever shots are seen.
+
+    Where text is cross-attended, it has none.
+    """
     first, *rest = scene
-    if first.role != "global":
+    if first.role != "global" or model.adapter.traits.text == "cross":
         return list(scene)
     return [replace(first, latents=torch.zeros_like(rest[0].latents[:, :, :1])), *rest]
 
 
 def one_by_one(model, scene, given, *, seen, seed=0, **options):
     """Shot after shot, every step with the history in the call; with context-causal attention: causal, uncached."""
-    done, scene = dict(given), with_dummy_video(scene)
+    done, scene = dict(given), with_dummy_video(scene, model)
     for i, shot in enumerate(scene):
         if shot.role == "shot" and i not in done:
             row = [j for j in range(i) if scene[j].role == "global"] + list(seen(i)) + [i]
@@ -147,10 +156,10 @@ def by_hand(model, scene, given, *, seen, steps, t_c=100.0, guidance=None, seed=
     """Causal with any history: a cache for each branch, in which a shot stays as it was written."""
     scale, text, overall = guidance or (1, None, None)
     caches = [KVCache() for _ in range(1 if guidance is None else 2)]
-    result, scene = [], with_dummy_video(scene)
+    result, scene = [], with_dummy_video(scene, model)
 
     def look(i, latents, t):
-        shot = replace(scene[i], latents=latents.to(scene[i].latents))
+        shot = scene[i] if latents is None else replace(scene[i], latents=latents.to(scene[i].latents))
         worded = [shot.text, overall if shot.role == "global" else text][: len(caches)]
         said = [
             model([replace(shot, text=words.to(shot.text))], t, pattern="context_causal", cache=cache)[0]
@@ -169,7 +178,7 @@ def by_hand(model, scene, given, *, seen, steps, t_c=100.0, guidance=None, seed=
                 cache.select([*[j for j in range(i) if scene[j].role == "global"], *seen(i)])
             latents, level = given.get(i, shot.latents.float()), torch.tensor([t_c / 1000])
             for step in range(0 if i in given else steps):
-                latents = latents - look(i, latents, torch.tensor([1 - step / steps])) / steps
+                latents = latents - width(step, steps) * look(i, latents, torch.tensor([1 - step / steps]))
             result.append(latents)
             latents = noised(latents, shot.latents if i in given else fresh(shot, i, seed), t_c)
         look(i, latents, level)
@@ -241,7 +250,7 @@ def test_joint_by_the_scene_models_own_definition(scheme, with_global):
         with torch.no_grad():
             change = definition(model.adapter, [scene], levels, scheme=scheme, pattern="bidirectional")
         moved = zip(scene, change, strict=True)
-        scene = [s if s.role == "global" else replace(s, latents=s.latents - v / steps) for s, v in moved]
+        scene = [s if s.role == "global" else replace(s, latents=s.latents - width(step, steps) * v) for s, v in moved]
     expected = [None if shot.role == "global" else shot.latents for shot in scene]
     assert worst(got, expected) <= steps * FLOAT32["definition"].absolute
 
@@ -300,6 +309,106 @@ def test_causal_equals_running_everything_again(scheme, with_global, guided, pla
     assert worst(got, expected) <= within(passes, guidance)
     assert all(got[i] is latents for i, latents in given.items())
     assert worst(got, again(seen=partial(earlier, scene), pattern="bidirectional")) > 1e-3
+
+
+# Models that cross-attend their text: a global prompt there has no video.
+
+
+def told(*, batch=2):
+    """A prompt and three shots of a cross-attending toy, with extras."""
+    adapter, generator = toy(**CROSS), torch.Generator().manual_seed(0)
+    counts = [Shot(2, (2, 2, 1)), Shot(4, (1, 1, 1)), Shot(1, (1, 2, 2))]
+    scene = [adapter.example(shot, batch=batch, generator=generator, dtype=torch.float32) for shot in counts]
+    return [ShotInput(text=random(batch, 3, 5, seed=1), role="global"), *scene]
+
+
+heard = pytest.mark.parametrize("text", ["own_and_global", "all"])
+
+
+def cross_attending(text):
+    adapter = toy(**CROSS)
+    return retrofit(adapter.model, backbone=adapter, text=text)
+
+
+def of_toys(guided):
+    return (3.0, random(2, 6, 5, seed=50), random(2, 7, 5, seed=51)) if guided else None
+
+
+@heard
+@guided_or_not
+@pytest.mark.parametrize("mode", ["joint", "conditional"])
+@pytest.mark.parametrize("pattern", ["bidirectional", "context_causal"])
+def test_a_prompt_without_video_beside_all_shots(text, guided, mode, pattern):
+    model, scene, guidance = cross_attending(text), told(), of_toys(guided)
+    given = {} if mode == "joint" else clean(scene, 1)
+    options = {"steps": 2, "pattern": pattern}
+    got = run(mode, model, scene, given, guidance=guidance and guide(*guidance), **options)
+    assert same(got, at_once(model, scene, given, guidance=guidance, **options))
+
+
+@heard
+@guided_or_not
+@pytest.mark.parametrize("places", [[], [1]])
+def test_a_prompt_without_video_auto_regressively(text, guided, places):
+    model, scene, guidance = cross_attending(text), told(), of_toys(guided)
+    given, options = clean(scene, *places), {"steps": 2, "t_c": 200.0, "pattern": "bidirectional"}
+    got = autoregressive(model, scene, given, guidance=guidance and guide(*guidance), **options)
+    expected = one_by_one(model, scene, given, seen=partial(earlier, scene), guidance=guidance, **options)
+    assert same(got, expected)
+
+
+@heard
+@guided_or_not
+@pytest.mark.parametrize("places", [[], [1]])
+def test_a_prompt_without_video_is_kept_in_a_cache(text, guided, places):
+    """Its text alone; and it is heard as in one call."""
+    model, scene, guidance = cross_attending(text), told(), of_toys(guided)
+    given, options = clean(scene, *places), {"steps": 2, "t_c": 200.0}
+    made = partial(causal, model, given=given, guidance=guidance and guide(*guidance), **options)
+    expected = one_by_one(
+        model, scene, given, seen=partial(earlier, scene), pattern="context_causal", guidance=guidance, **options
+    )
+    assert worst(made(scene), expected) <= within(2 * (3 - len(places)), guidance)
+    other = made([replace(scene[0], text=random(2, 3, 5, seed=9)), *scene[1:]])
+    last = len(scene) - 1
+    assert error(other[last], expected[last]) > 1e-3
+
+
+@heard
+@guided_or_not
+def test_a_selection_behind_a_prompt_without_video(text, guided):
+    model, scene, guidance = cross_attending(text), told(), of_toys(guided)
+    chosen = {1: [], 2: [1], 3: [1]}
+    got = causal(
+        model,
+        scene,
+        history=lambda shot, before: chosen[shot],
+        guidance=guidance and guide(*guidance),
+        steps=2,
+        t_c=200.0,
+    )
+    assert same(got, by_hand(model, scene, {}, seen=chosen.get, guidance=guidance, steps=2, t_c=200.0))
+
+
+@every_mode
+def test_a_prompt_that_nobody_hears_is_refused(mode):
+    with pytest.raises(ValueError, match=r"^shots: got a global shot, which nobody sees"):
+        run(mode, cross_attending("own"), told(), {}, steps=1)
+
+
+@every_mode
+def test_the_extras_of_every_shot_are_heard(mode):
+    """In each mode the shots' own strengths go into every call, whichever shots are in it."""
+    model, scene = cross_attending("all"), told()
+    watched = Watched(model)
+    run(mode, watched, scene, {}, steps=1)
+    strengths = [shot.extras.get("strength") for shot in scene]
+    for shots_in_call, _ in watched.calls:
+        for shot in shots_in_call:
+            (place,) = [i for i, own in enumerate(scene) if own.text is shot.text]
+            assert shot.extras.get("strength") is strengths[place]
+    weak = [replace(s, extras={"strength": 0.1 * s.extras["strength"]}) if s.role == "shot" else s for s in scene]
+    assert worst(run(mode, model, weak, {}, steps=1), run(mode, model, scene, {}, steps=1)) > 1e-3
 
 
 # Histories.
@@ -599,7 +708,7 @@ def test_a_scene_of_one_shot_is_the_base_models_own_generation(mode):
     expected = shot.latents
     for step in range(steps):
         t = torch.full((2,), 1 - step / steps)
-        expected = expected - dit(expected, 1000 * t, shot.text) / steps
+        expected = expected - width(step, steps) * dit(expected, 1000 * t, shot.text)
     (got,) = run(mode, retrofit(dit), [shot], {}, steps=steps)
     assert torch.equal(got, expected)  # no kernel of its own, no rounding of its own
 
@@ -666,13 +775,18 @@ def test_the_negative_branch_replaces_every_text_and_nothing_else(mode):
             assert (other.role, other.extras) == (shot.role, shot.extras)
 
 
+def same_extras(got, expected):
+    """The same objects, by the same names."""
+    return got.keys() == expected.keys() and all(got[name] is x for name, x in expected.items())
+
+
 @every_mode
-@pytest.mark.parametrize("overall", [None, {}, {"pooled": "poor"}])
+@pytest.mark.parametrize("overall", [None, {}, {"pooled": random(2, 16, seed=4)}])
 def test_a_negative_prompt_replaces_extras_by_name(mode, overall):
     scene, given = case(mode)
-    scene = [replace(shot, extras={"pooled": i, "fps": 24}) for i, shot in enumerate(scene)]
-    model, extras = retrofit(tiny()), {"pooled": random(1, 16, seed=3)}
-    model.adapter.traits = replace(model.adapter.traits, extras=frozenset({"pooled", "fps"}))
+    scene = [replace(shot, extras={"pooled": random(2, 16, seed=i), "fps": 24}) for i, shot in enumerate(scene)]
+    model, extras = retrofit(tiny()), {"pooled": random(2, 16, seed=5)}
+    model.adapter.traits = replace(model.adapter.traits, extras={"pooled": Extra(("channels",)), "fps": Extra(None)})
     watched = Watched(model)
     generated(
         mode,
@@ -683,9 +797,9 @@ def test_a_negative_prompt_replaces_extras_by_name(mode, overall):
     )
     for (positive, _), (negative, _) in zip(watched.calls[::2], watched.calls[1::2], strict=True):
         for shot, other in zip(positive, negative, strict=True):
-            assert shot.extras in [own.extras for own in scene]
+            assert any(same_extras(shot.extras, own.extras) for own in scene)
             put = extras if shot.role == "shot" or overall is None else overall
-            assert other.extras == {**shot.extras, **put}
+            assert same_extras(other.extras, {**shot.extras, **put})
 
 
 def test_extras_are_left_by_default():

@@ -44,6 +44,20 @@ def test_shot_refuses_grid(grid):
         Shot(text=0, grid=grid)
 
 
+@pytest.mark.parametrize("text", [0, 3])
+def test_a_global_prompt_may_be_without_video(text):
+    prompt = Shot(text=text, grid=[0, 0, 0], role="global")
+    assert (prompt.grid, prompt.video, prompt.tokens) == ((0, 0, 0), 0, text)
+    with pytest.raises(ValueError, match=r"^grid: got \(0, 0, 0\), expected three ints of at least 1"):
+        Shot(text=text, grid=(0, 0, 0))
+
+
+@pytest.mark.parametrize("grid", [(0, 0, 1), (0, 2, 3), (1, 0, 0), (0, 0), (0.0, 0.0, 0.0), (False, False, False)])
+def test_a_global_prompt_has_a_whole_video_or_none(grid):
+    with pytest.raises(ValueError, match=r"^grid: got .*expected three ints of at least 1"):
+        Shot(text=1, grid=grid, role="global")
+
+
 def test_shot_refuses_role():
     with pytest.raises(ValueError, match=r"^role: got 'dummy', expected"):
         Shot(text=0, grid=(1, 1, 1), role="dummy")
@@ -80,7 +94,16 @@ def test_immutable(value):
         value.text = 3
 
 
-@given(layouts())
+def without_dummy_video(layout):
+    """As where text is cross-attended."""
+    bare = [[Shot(s.text, (0, 0, 0), role="global") if s.role == "global" else s for s in x] for x in layout.scenes]
+    return Layout(bare, layout.text_first)
+
+
+with_and_without_dummy_video = layouts() | layouts().map(without_dummy_video)
+
+
+@given(with_and_without_dummy_video)
 def test_spans_partition_the_row(layout):
     for spans in (layout.spans, layout.scene_spans):
         assert (spans[0].start, spans[-1].stop) == (0, layout.tokens)
@@ -92,7 +115,7 @@ def test_spans_partition_the_row(layout):
         assert span == (layout.spans[indices[0]].start, layout.spans[indices[-1]].stop)
 
 
-@given(layouts())
+@given(with_and_without_dummy_video)
 def test_video_only_drops_the_text_and_nothing_else(layout):
     video = layout.video_only
     assert video.tokens == sum(shot.video for shot in layout.shots)
@@ -101,7 +124,7 @@ def test_video_only_drops_the_text_and_nothing_else(layout):
     assert video.video_only == video
 
 
-@given(layouts())
+@given(with_and_without_dummy_video)
 def test_equal_layouts_are_one_key(layout):
     twins = [Layout(layout.scenes, layout.text_first), copy.deepcopy(layout), pickle.loads(pickle.dumps(layout))]
     assert {layout, *twins} == {layout}

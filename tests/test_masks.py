@@ -1,6 +1,8 @@
 import copy
 import pickle
 import tracemalloc
+from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from lct_core.masks import (
     own_and_global_text,
     own_shot,
     own_text,
+    seen_text,
     selected_history,
 )
 from lct_core.testing.strategies import layouts
@@ -167,6 +170,99 @@ def test_a_shot_without_text_sees_the_global_text():
         own_text(Layout([[GLOBAL, A, B]]))
     with pytest.raises(ValueError, match=r"^layout: shot 3 \(in row order\) has no text"):
         own_and_global_text(Layout([[GLOBAL, A, B], [B]]))  # the global text of another scene is not seen
+
+
+@st.composite
+def bare(draw):
+    """Layouts among whose global prompts some are without dummy video, as where text is cross-attended."""
+    layout = draw(layouts())
+    return Layout(
+        [
+            [
+                Shot(shot.text, (0, 0, 0), role="global") if shot.role == "global" and draw(st.booleans()) else shot
+                for shot in scene
+            ]
+            for scene in layout.scenes
+        ],
+        layout.text_first,
+    )
+
+
+@st.composite
+def plans_over(draw, size):
+    """Any plan of as many queries as keys, whatever scenes they belong to."""
+    cuts = draw(st.sets(st.integers(1, size), max_size=5)) | {size}
+    ends = st.tuples(st.integers(0, size), st.integers(0, size)).map(sorted).filter(lambda ends: ends[0] < ends[1])
+    segments = [
+        Segment(Range(start, stop), tuple(Range(*r) for r in draw(st.lists(ends, min_size=1, max_size=3))))
+        for start, stop in pairwise(sorted({0, *cuts}))
+    ]
+    return AttentionPlan(size, size, tuple(segments))
+
+
+@given(st.data())
+def test_seen_text_equals_its_definition(data):
+    layout = data.draw(bare())
+    video = layout.video_only
+    kinds = [pattern(video) for pattern in PATTERNS.values()]
+    kinds.append(selected_history(video, data.draw(histories(layout))))
+    plan = data.draw(st.sampled_from(kinds) | plans_over(video.tokens))
+    shows, row = plan.dense(), [token for token in tokens_of(layout) if not token[2]]
+
+    def sees(q, k):
+        """Some video token of the text's shot is seen from the query, or it is the prompt of the query's scene."""
+        if q[0][0] == k[0] and layout.shots[k[1]].role == "global":
+            return True
+        return any(shows[q[1], i] for i, token in enumerate(row) if token[1] == k[1])
+
+    texts = [token for token in tokens_of(layout) if token[2]]
+    expected = dense_by(sees, [(token, i) for i, token in enumerate(row)], texts)
+    if expected.any(1).all():
+        got = seen_text(layout, plan)
+        assert (got.queries, got.keys) == expected.shape
+        assert torch.equal(got.dense(), expected)
+    else:
+        deaf = row[int((~expected.any(1)).nonzero()[0])][1]
+        with pytest.raises(ValueError, match=rf"^layout: shot {deaf} \(in row order\) has no text to attend to"):
+            seen_text(layout, plan)
+
+
+@given(bare())
+def test_seen_text_has_the_other_texts_at_its_ends(layout):
+    layout = Layout(
+        [[Shot(max(shot.text, 1), shot.grid, role=shot.role) for shot in scene] for scene in layout.scenes],
+        layout.text_first,
+    )
+    assert seen_text(layout, own_shot(layout.video_only)).dense().equal(own_and_global_text(layout).dense())
+    scenes = cross_attention(layout, lambda q, k: q[0] == k[0])
+    assert torch.equal(seen_text(layout, bidirectional(layout.video_only)).dense(), scenes)
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+@given(layout=bare())
+def test_shots_without_tokens_are_in_no_plan(name, layout):
+    """A prompt without video and text among the tokens of self-attention: nobody there to see or to be seen."""
+    video = layout.video_only
+    plan = PATTERNS[name](video)
+    assert torch.equal(plan.dense(), self_attention(video, DEFINITIONS[name]))
+    assert all(segment.queries.size for segment in plan.segments)
+
+
+@pytest.mark.parametrize("pattern", [*PATTERNS.values(), partial(selected_history, history=[[]])])
+def test_a_prompt_alone_has_a_plan_without_queries(pattern):
+    layout = Layout([[Shot(2, (0, 0, 0), role="global")]])
+    plan = pattern(layout.video_only)
+    assert plan == AttentionPlan(0, 0, ())
+    assert (plan.pairs, plan.dense().shape) == (0, (0, 0))
+    for texts in (own_text(layout), own_and_global_text(layout), seen_text(layout, plan)):
+        assert texts == AttentionPlan(0, 2, ())
+        assert texts.rows(Range(0, 0)) == texts
+
+
+def test_prompts_without_video_behind_a_history_leave_no_rows():
+    layout = Layout([[Shot(2, (0, 0, 0), role="global"), A, A]])
+    plan = own_and_global_text(layout)
+    assert plan.rows(Range(plan.queries, plan.queries)).segments == ()
 
 
 @given(raw_plans())
@@ -353,7 +449,11 @@ def test_patterns_that_coincide_are_one_plan():
     assert len({pattern(Layout([[A, B]])) for pattern in PATTERNS.values()}) == 3
 
 
-@pytest.mark.parametrize("pattern", [*PATTERNS.values(), own_text, own_and_global_text])
+def text_of_the_past(layout):
+    return seen_text(layout, context_causal(layout.video_only))
+
+
+@pytest.mark.parametrize("pattern", [*PATTERNS.values(), own_text, own_and_global_text, text_of_the_past])
 def test_a_plan_costs_per_shot_never_per_token(pattern):
     layout = Layout([[Shot(text=1000, grid=(100, 1000, 1000))] * 9, [Shot(text=1, grid=(100, 1000, 1000))]])
     assert layout.tokens > 10**9

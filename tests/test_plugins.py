@@ -92,9 +92,10 @@ def kernel(name="mine", *, rank=None, run=sdpa):
     return KernelSpec(name=name, summary="", load=lambda: run, refusals=lambda request: [], rank=rank)
 
 
-def backbone(name, *classes, adapter="builtins:id", build=None):
+def backbone(name, *classes, adapter="builtins:id", build=None, refuses=()):
     handles = tuple(f"{cls.__module__}.{cls.__qualname__}" for cls in classes)
-    return BackboneSpec(name=name, summary="", handles=handles, adapter=adapter, build=build)
+    refuses = {f"{cls.__module__}.{cls.__qualname__}": reason for cls, reason in dict(refuses).items()}
+    return BackboneSpec(name=name, summary="", handles=handles, adapter=adapter, build=build, refuses=refuses)
 
 
 # a good plugin
@@ -335,6 +336,46 @@ def test_the_most_derived_class_that_is_handled_decides():
     assert registry.adapter(MostDerived()) == ("derived", "MostDerived")
     assert registry.adapter(MostDerived(), "base") == ("adapted", "MostDerived")
     assert registry.adapter(torch.nn.Identity(), "base") == ("adapted", "Identity")  # by name: whatever the class
+
+
+def refusing(*specs):
+    registry = Registry()
+    for i, spec in enumerate(specs):
+        registry.register(plugin(backbones=[spec]), name=f"test {i}")
+    return registry
+
+
+REFUSED = {Derived: "it attends to other frames than its own"}
+MESSAGE = rf"^model: {__name__}.Derived cannot be served: it attends to other frames than its own$"
+
+
+@pytest.mark.parametrize("model", [Derived, MostDerived])
+def test_a_class_that_a_backbone_refuses_is_not_taken_for_its_parent(model):
+    registry = refusing(backbone("base", Base, adapter=f"{HERE}adapted", refuses=REFUSED))
+    with pytest.raises(ValueError, match=MESSAGE):
+        registry.adapter(model())
+    assert registry.adapter(Base()) == ("adapted", "Base")
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_refusal_counts_whoever_else_handles_the_class(first):
+    specs = [backbone("no", refuses=REFUSED), backbone("yes", Base, Derived, adapter=f"{HERE}adapted")]
+    registry = refusing(*specs if first else reversed(specs))
+    with pytest.raises(ValueError, match=MESSAGE):
+        registry.adapter(Derived())
+    assert registry.adapter(Derived(), "yes") == ("adapted", "Derived")  # asked for by name: somebody knows better
+
+
+def test_a_class_below_a_refused_one_may_be_served():
+    registry = refusing(backbone("one", Base, MostDerived, adapter=f"{HERE}adapted", refuses=REFUSED))
+    assert registry.adapter(MostDerived()) == ("adapted", "MostDerived")
+    with pytest.raises(ValueError, match=MESSAGE):
+        registry.adapter(Derived())
+
+
+def test_nothing_is_refused_by_default():
+    assert not backbone("any").refuses
+    assert BackboneSpec(name="any", summary="", handles=(), adapter="").support == ()
 
 
 def test_two_backbones_for_one_class_must_be_told_apart_by_name():

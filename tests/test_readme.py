@@ -5,6 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from lct_core.cli.backbones import support_table
+from lct_core.plugins import registry
+
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 
 
@@ -12,6 +15,11 @@ def test_the_first_example_prints_what_the_readme_says():
     code, output = re.search(r"```python\n(.*?)```\n\n```\n(.*?)```", README, re.DOTALL).groups()
     ran = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout == output
+
+
+def test_the_support_table_is_the_registrys():
+    (table,) = re.findall(r"<!-- support -->\n(.*?)<!-- /support -->", README, re.DOTALL)
+    assert table.strip() == support_table(registry())
 
 
 def test_every_python_block_runs():

@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 from lct_core.rope import angles, axis_frequencies, move, rotate, rotation
 from lct_core.testing.tolerances import BOUNDS, error
 
-PAIRINGS = ("interleaved", "half")
-DIMS = (4, 6, 6)
+PAIRINGS = ("interleaved", "half", "half_per_axis")
+DIMS = (4, 8, 6)  # 18 channels, 9 pairs
 FREQUENCIES = axis_frequencies(DIMS)
 pairings = st.sampled_from(PAIRINGS)
 seeds = st.integers(0, 2**31)
@@ -29,8 +29,13 @@ def turned(x, coords, pairing, dtype=torch.float64):
 def by_complex_numbers(x, theta, pairing):
     """One channel pair after the other, as one complex number, times exp(i theta); in float64."""
     pairs, out = theta.shape[-1], x.double().clone()
+    third = pairs // 3
     for i in range(pairs):
-        a, b = (2 * i, 2 * i + 1) if pairing == "interleaved" else (i, i + pairs)
+        a, b = {
+            "interleaved": (2 * i, 2 * i + 1),
+            "half": (i, i + pairs),
+            "half_per_axis": (i + i // third * third, i + i // third * third + third),
+        }[pairing]
         number = torch.complex(x[..., a].double(), x[..., b].double()) * torch.exp(1j * theta[..., i].double())
         out[..., a], out[..., b] = number.real, number.imag
     return out
@@ -39,7 +44,7 @@ def by_complex_numbers(x, theta, pairing):
 @pytest.mark.parametrize("pairing", PAIRINGS)
 @pytest.mark.parametrize("heads", [1, 3])
 def test_rotation_is_complex_multiplication(pairing, heads):
-    x, theta = draw(2, 5, 3, 16), 100 * draw(5, heads, 8, seed=1)
+    x, theta = draw(2, 5, 3, 18), 100 * draw(5, heads, 9, seed=1)
     got = rotate(x, rotation(theta, pairing=pairing, dtype=torch.float64))
     torch.testing.assert_close(got, by_complex_numbers(x, theta, pairing), rtol=0, atol=1e-14)
 
@@ -52,16 +57,25 @@ def test_a_quarter_turn_by_hand():
         torch.testing.assert_close(got.flatten(), torch.tensor(expected))
 
 
+@pytest.mark.parametrize("heads", [1, 3])
+def test_half_per_axis_turns_every_axis_like_a_head_of_its_own(heads):
+    x, theta = draw(2, 5, 3, 18), 100 * draw(5, heads, 9, seed=1)
+    got = rotate(x, rotation(theta, pairing="half_per_axis", dtype=torch.float64))
+    axes = zip(x.chunk(3, dim=-1), theta.chunk(3, dim=-1), strict=True)
+    apart = [rotate(part, rotation(turn, pairing="half", dtype=torch.float64)) for part, turn in axes]
+    assert torch.equal(got, torch.cat(apart, dim=-1))
+
+
 @given(seeds, pairings)
 def test_norms_are_preserved(seed, pairing):
-    x = draw(1, 4, 2, 16, seed=seed)
+    x = draw(1, 4, 2, 18, seed=seed)
     got = turned(x, places(4, seed), pairing)
     torch.testing.assert_close(got.norm(dim=-1), x.norm(dim=-1), rtol=1e-14, atol=0)
 
 
 @given(seeds, pairings)
 def test_the_inverse_turns_by_the_negated_angles(seed, pairing):
-    x, theta = draw(1, 4, 2, 16, seed=seed), angles(places(4, seed), FREQUENCIES)
+    x, theta = draw(1, 4, 2, 18, seed=seed), angles(places(4, seed), FREQUENCIES)
     there = rotate(x, rotation(theta, pairing=pairing, dtype=torch.float64))
     back = rotate(there, rotation(-theta, pairing=pairing, dtype=torch.float64))
     torch.testing.assert_close(back, x, rtol=0, atol=1e-14)
@@ -70,7 +84,7 @@ def test_the_inverse_turns_by_the_negated_angles(seed, pairing):
 
 @given(seeds, pairings, st.tuples(steps, steps, steps))
 def test_scores_depend_only_on_differences_of_coordinates(seed, pairing, shift):
-    q, k = draw(1, 5, 1, 16, seed=seed)[0, :, 0], draw(1, 5, 1, 16, seed=seed + 1)[0, :, 0]
+    q, k = draw(1, 5, 1, 18, seed=seed)[0, :, 0], draw(1, 5, 1, 18, seed=seed + 1)[0, :, 0]
     coords = places(5, seed)
 
     def scores(coords, dtype):
@@ -86,9 +100,9 @@ def test_scores_depend_only_on_differences_of_coordinates(seed, pairing, shift):
 @given(seeds, pairings)
 def test_scores_tell_other_differences_apart(seed, pairing):
     # else the invariance above would also hold for no rotation at all
-    q = draw(1, 1, 1, 16, seed=seed)
+    q = draw(1, 1, 1, 18, seed=seed)
     coords = torch.tensor([[0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 1]])
-    at = turned(q.expand(1, 5, 1, 16), coords, pairing)[0, :, 0]
+    at = turned(q.expand(1, 5, 1, 18), coords, pairing)[0, :, 0]
     scores = (at @ at[0]).tolist()
     assert all(score < scores[0] for score in scores[1:])
     assert len({round(score, 9) for score in scores}) == 5
@@ -97,19 +111,19 @@ def test_scores_tell_other_differences_apart(seed, pairing):
 @pytest.mark.parametrize("pairing", PAIRINGS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_partial_rotary_leaves_the_rest(pairing, dtype):
-    x, theta = draw(2, 4, 3, 21, dtype=dtype), angles(places(4), FREQUENCIES)
+    x, theta = draw(2, 4, 3, 23, dtype=dtype), angles(places(4), FREQUENCIES)
     by = rotation(theta, pairing=pairing, dtype=torch.float64)
     got = rotate(x, by)
     assert got.shape == x.shape
-    assert torch.equal(got[..., 16:], x[..., 16:])
-    assert torch.equal(got[..., :16], rotate(x[..., :16].contiguous(), by))
+    assert torch.equal(got[..., 18:], x[..., 18:])
+    assert torch.equal(got[..., :18], rotate(x[..., :18].contiguous(), by))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("pairing", PAIRINGS)
 @pytest.mark.parametrize("distance", [1, 37, 1_000, 10_000, -10_000, 12_345.5])
 def test_moving_equals_rotating_at_the_moved_coordinates(distance, pairing, dtype):
-    x, coords = draw(2, 64, 3, 16, dtype=dtype), places(64)
+    x, coords = draw(2, 64, 3, 18, dtype=dtype), places(64)
     written = turned(x, coords, pairing, torch.float32)
     diagonal = angles(torch.ones(1, 3), FREQUENCIES)[0]
     moved = move(written, distance, diagonal=diagonal, pairing=pairing)
@@ -125,7 +139,7 @@ def test_moving_equals_rotating_at_the_moved_coordinates(distance, pairing, dtyp
 
 @given(seeds, pairings, steps, st.sampled_from([(1.0, 1.0, 1.0), (0.25, 2.0, 2.0)]))
 def test_moves_in_the_adapters_own_units_and_back(seed, pairing, distance, unit):
-    x, coords, unit = draw(1, 4, 2, 16, seed=seed), places(4, seed), torch.tensor(unit, dtype=torch.float64)
+    x, coords, unit = draw(1, 4, 2, 18, seed=seed), places(4, seed), torch.tensor(unit, dtype=torch.float64)
     written = turned(x, coords, pairing)
     diagonal = angles(unit[None], FREQUENCIES)[0]
     moved = move(written, distance, diagonal=diagonal, pairing=pairing)
@@ -135,13 +149,13 @@ def test_moves_in_the_adapters_own_units_and_back(seed, pairing, distance, unit)
 
 
 def test_no_move_changes_no_bit():
-    x = draw(1, 8, 2, 16, dtype=torch.bfloat16)
+    x = draw(1, 8, 2, 18, dtype=torch.bfloat16)
     assert torch.equal(move(x, 0, diagonal=angles(torch.ones(1, 3), FREQUENCIES)[0], pairing="half"), x)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_one_move_from_where_the_keys_were_written_errs_less_than_many(dtype):
-    x, coords = draw(1, 64, 2, 16, dtype=dtype), places(64)
+    x, coords = draw(1, 64, 2, 18, dtype=dtype), places(64)
     diagonal = angles(torch.ones(1, 3), FREQUENCIES)[0]
     written = step_by_step = turned(x, coords, "half", torch.float32)
     for _ in range(50):
@@ -152,12 +166,12 @@ def test_one_move_from_where_the_keys_were_written_errs_less_than_many(dtype):
 
 
 def test_heads_may_have_their_own_angles():
-    x, theta = draw(1, 4, 3, 16), draw(4, 3, 8, seed=1)
+    x, theta = draw(1, 4, 3, 18), draw(4, 3, 9, seed=1)
     got = rotate(x, rotation(theta, pairing="half", dtype=torch.float64))
     for head in range(3):
         alone = rotate(x[:, :, [head]], rotation(theta[:, [head]], pairing="half", dtype=torch.float64))
         assert torch.equal(got[:, :, [head]], alone)
-    diagonal = draw(3, 8, seed=2)
+    diagonal = draw(3, 9, seed=2)
     moved = move(got, 5, diagonal=diagonal, pairing="half")
     expected = rotate(x, rotation(theta + 5 * diagonal, pairing="half", dtype=torch.float64))
     torch.testing.assert_close(moved, expected, rtol=0, atol=1e-12)
@@ -184,9 +198,17 @@ def test_theta_is_ten_thousand():
     torch.testing.assert_close(axis_frequencies((8,)), expected, rtol=1e-14, atol=0)
 
 
-def test_angles_of_half_precision_inputs_are_float64():
-    got = angles(places(3).to(torch.float32), FREQUENCIES.float())
-    assert got.dtype == torch.float64
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("of_coords", [torch.int64, torch.float32, torch.float64])
+def test_angles_are_computed_in_the_dtype_of_the_frequencies(dtype, of_coords):
+    """As a model does whose own angles are float32: coordinate times frequency, one rounding."""
+    coords, frequencies = places(6).to(of_coords), axis_frequencies(DIMS, dtype=dtype)
+    got = angles(coords, frequencies)
+    assert got.dtype == frequencies.dtype == dtype
+    axis = frequencies.count_nonzero(dim=1).cumsum(0)
+    for pair in range(frequencies.shape[1]):
+        own = int((axis <= pair).sum())
+        assert torch.equal(got[:, 0, pair], coords[:, own].to(dtype) * frequencies[own, pair])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -205,7 +227,7 @@ def test_rotations_are_float32_unless_asked_otherwise():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("pairing", PAIRINGS)
 def test_half_precision_rotates_in_float32(dtype, pairing):
-    x, by = draw(1, 32, 2, 16, dtype=dtype), rotation(angles(places(32), FREQUENCIES), pairing=pairing)
+    x, by = draw(1, 32, 2, 18, dtype=dtype), rotation(angles(places(32), FREQUENCIES), pairing=pairing)
     got = rotate(x, by)
     assert got.dtype == dtype
     assert torch.equal(got, rotate(x.float(), by).to(dtype))
@@ -213,14 +235,14 @@ def test_half_precision_rotates_in_float32(dtype, pairing):
 
 
 def test_the_finer_of_the_two_precisions_decides():
-    x, theta = draw(1, 4, 2, 16), angles(places(4), FREQUENCIES)
+    x, theta = draw(1, 4, 2, 18), angles(places(4), FREQUENCIES)
     coarse, fine = (rotation(theta, pairing="half", dtype=d) for d in (torch.float32, torch.float64))
     assert rotate(x, coarse).dtype == torch.float64
     assert torch.equal(rotate(x.float(), fine), rotate(x.float().double(), fine).float())
 
 
 def test_autocast_does_not_reach_a_rotation():
-    x, by = draw(1, 4, 2, 16, dtype=torch.float32), rotation(angles(places(4), FREQUENCIES), pairing="half")
+    x, by = draw(1, 4, 2, 18, dtype=torch.float32), rotation(angles(places(4), FREQUENCIES), pairing="half")
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(rotate(x, by), rotate(x.clone(), by))
         assert rotate(x, by).dtype == torch.float32
@@ -228,7 +250,7 @@ def test_autocast_does_not_reach_a_rotation():
 
 @pytest.mark.parametrize("pairing", PAIRINGS)
 def test_gradients_turn_back(pairing):
-    x, gradient = draw(1, 4, 2, 20).requires_grad_(), draw(1, 4, 2, 20, seed=1)
+    x, gradient = draw(1, 4, 2, 22).requires_grad_(), draw(1, 4, 2, 22, seed=1)
     theta = angles(places(4), FREQUENCIES)
     rotate(x, rotation(theta, pairing=pairing, dtype=torch.float64)).backward(gradient)
     back = rotate(gradient, rotation(-theta, pairing=pairing, dtype=torch.float64))
@@ -244,7 +266,7 @@ def test_odd_or_negative_channels_are_an_error(dims):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"pairing": "neox"}, r"^pairing: got 'neox', expected \"interleaved\" or \"half\""),
+        ({"pairing": "neox"}, r"^pairing: got 'neox', expected one of \('interleaved', 'half', 'half_per_axis'\)"),
         ({"pairing": "half", "dtype": torch.bfloat16}, r"^dtype: got torch.bfloat16, expected torch.float32"),
         ({"pairing": "half", "dtype": torch.float16}, r"^dtype: got torch.float16, expected torch.float32"),
     ],
@@ -261,5 +283,5 @@ def test_rotation_refuses_angles_in_half_precision(dtype):
 
 
 def test_a_rotation_wider_than_a_head_is_an_error():
-    with pytest.raises(ValueError, match=r"^by: the rotation turns 16 channels, but the heads of x have 12"):
+    with pytest.raises(ValueError, match=r"^by: the rotation turns 18 channels, but the heads of x have 12"):
         turned(draw(1, 4, 2, 12), places(4), "half")

@@ -1,6 +1,8 @@
 import copy
 import inspect
 import io
+import pickle
+from dataclasses import replace
 from functools import partial
 from itertools import accumulate, pairwise
 
@@ -9,11 +11,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
-from torch.nn import functional as F
+from toys import CROSS, TOYS, Toy, ToyBackbone, toy
 
 import lct_core as lct
 from lct_backbones.mmdit import MMDiT, MMDiTBackbone, tiny
-from lct_core import QKV, Backbone, KVCache, Layout, Shot, ShotInput, Site, State, Traits, retrofit
+from lct_core import Backbone, KVCache, Layout, Shot, ShotInput, State, retrofit
+from lct_core.scene_model import with_dummy_video
 from lct_core.testing.conformance import conformance
 from lct_core.testing.definition import definition
 from lct_core.testing.strategies import layouts, levels, shots
@@ -26,212 +29,21 @@ small = partial(layouts, max_grid=(2, 2, 3), text_first=True)
 one_scene = partial(small, max_scenes=1, max_shots=4)
 
 
-# Models of every kind that the MMDiT is not. Their own forward is plain torch: it shares no code with the library.
-
-
-class Toy(nn.Module):
-    """A single-stream, single-shot DiT.
-
-    Args:
-        text: Whether text is joined to self-attention or cross-attended.
-        text_first: Whether it comes first there.
-        pairing: How RoPE pairs the first six of a head's eight channels; None for no RoPE.
-        kv_heads: Key and value heads, for four query heads.
-        cell: Coordinates of a step along each axis of the grid.
-        second: What a second attention of every block sees; None for no such attention.
-        angle_dtype: Precision of the angles.
-    """
-
-    def __init__(
-        self,
-        *,
-        text="joint",
-        text_first=True,
-        pairing="interleaved",
-        kv_heads=4,
-        cell=(1.0, 1.0, 1.0),
-        unit=(1.0, 1.0, 1.0),
-        second=None,
-        angle_dtype=torch.float64,
-    ):
-        super().__init__()
-        self.text, self.text_first, self.pairing, self.kv_heads = text, text_first, pairing, kv_heads
-        self.cell, self.unit, self.second, self.angle_dtype = cell, unit, second, angle_dtype
-        self.video_in, self.text_in, self.time_in = nn.Linear(12, 32), nn.Linear(5, 32), nn.Linear(1, 32)
-        self.blocks = nn.ModuleList(ToyBlock(kv_heads, second) for _ in range(2))
-        self.video_out = nn.Linear(32, 12)
-
-    def forward(self, latents, timestep, text, strength=1.0):
-        x, words, condition = self.embed(latents, timestep, text, strength)
-        grid = self.grid(latents)
-        angles = self.angles(self.places(grid, text.shape[1] if self.text == "joint" else 0))
-        for block in self.blocks:
-            q, k, v = block.qkv(x, condition)
-            x = block.finish(x, plain_attention(turned(q, angles, self.pairing), turned(k, angles, self.pairing), v))
-            if self.second is not None:
-                q, k, v = block.second_qkv(x, words, condition)
-                if self.second == "own_shot":
-                    q, k = turned(q, angles, self.pairing), turned(k, angles, self.pairing)
-                x = block.second_finish(x, plain_attention(q, k, v))
-        return self.unpatchify(self.head(x, words), grid)
-
-    def embed(self, latents, timestep, text, strength=1.0):
-        batch, channels = latents.shape[:2]
-        frames, height, width = self.grid(latents)
-        video = latents.reshape(batch, channels, frames, height, 2, width, 2).permute(0, 2, 3, 5, 1, 4, 6).flatten(1, 3)
-        video, words = self.video_in(video.flatten(2)), self.text_in(text)
-        condition = F.silu(self.time_in(timestep[:, None].to(latents.dtype)) * strength)[:, None]
-        if self.text == "cross":
-            return video, words, condition
-        return torch.cat([words, video] if self.text_first else [video, words], dim=1), words, condition
-
-    def grid(self, latents):
-        frames, height, width = latents.shape[2:]
-        return frames, height // 2, width // 2
-
-    def places(self, grid, words):
-        cells = [(f, y, x) for f in range(grid[0]) for y in range(grid[1]) for x in range(grid[2])]
-        video = torch.tensor(cells, dtype=torch.float64) * torch.tensor(self.cell, dtype=torch.float64)
-        text = torch.zeros(words, 3, dtype=torch.float64)
-        return torch.cat([text, video] if self.text_first else [video, text])
-
-    def angles(self, coords):
-        mixed = [[1.0, 0.31, 0.11], [0.23, 0.83, 0.05], [0.13, 0.41, 0.61]]  # every axis turns every pair
-        return (coords.to(self.angle_dtype) @ torch.tensor(mixed, dtype=self.angle_dtype))[:, None]
-
-    def head(self, x, words):
-        if self.text == "joint":
-            x = x[:, words.shape[1] :] if self.text_first else x[:, : x.shape[1] - words.shape[1]]
-        return self.video_out(F.layer_norm(x, x.shape[-1:]))
-
-    def unpatchify(self, tokens, grid):
-        x = tokens.reshape(len(tokens), *grid, 3, 2, 2).permute(0, 4, 1, 2, 5, 3, 6)
-        return x.reshape(len(tokens), 3, grid[0], 2 * grid[1], 2 * grid[2])
-
-
-class ToyBlock(nn.Module):
-    def __init__(self, kv_heads, second):
-        super().__init__()
-        self.q, self.k, self.v = nn.Linear(32, 32), nn.Linear(32, 8 * kv_heads), nn.Linear(32, 8 * kv_heads)
-        self.out, self.mlp = nn.Linear(32, 32), nn.Sequential(nn.Linear(32, 48), nn.GELU(), nn.Linear(48, 32))
-        self.words = second not in (None, "own_shot")
-        if second is not None:
-            self.q2, self.k2, self.v2 = nn.Linear(32, 32), nn.Linear(32, 8 * kv_heads), nn.Linear(32, 8 * kv_heads)
-            self.out2 = nn.Linear(32, 32)
-
-    def qkv(self, x, condition):
-        h = F.layer_norm(x, x.shape[-1:]) * (1 + condition) + condition
-        return [y.unflatten(-1, (-1, 8)) for y in (self.q(h), self.k(h), self.v(h))]
-
-    def finish(self, x, attended):
-        x = x + self.out(attended.flatten(2))
-        return x + self.mlp(F.layer_norm(x, x.shape[-1:]))
-
-    def second_qkv(self, x, words, condition):
-        h = F.layer_norm(x, x.shape[-1:]) - condition
-        seen = words if self.words else h
-        return [y.unflatten(-1, (-1, 8)) for y in (self.q2(h), self.k2(seen), self.v2(seen))]
-
-    def second_finish(self, x, attended):
-        return x + self.out2(attended.flatten(2))
-
-
-def turned(x, angles, pairing):
-    if pairing is None:
-        return x
-    first, second = ((0, 2, 4), (1, 3, 5)) if pairing == "interleaved" else ((0, 1, 2), (3, 4, 5))
-    cos, sin = angles.cos().float(), angles.sin().float()
-    a, b, out = x[..., first].float(), x[..., second].float(), x.clone()
-    out[..., first], out[..., second] = (a * cos - b * sin).to(x.dtype), (a * sin + b * cos).to(x.dtype)
-    return out
-
-
-def plain_attention(q, k, v):
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
-
-
-class ToyBackbone(Backbone):
-    def __init__(self, model):
-        super().__init__(model)
-        self.traits = Traits(
-            latent_channels=3,
-            patch=(1, 2, 2),
-            text_width=5,
-            heads=4,
-            kv_heads=model.kv_heads,
-            head_dim=8,
-            text=model.text,
-            text_first=model.text_first,
-            pairing=model.pairing,
-            unit=model.unit,
-            timesteps=(1.0, 0.0),
-            extras=frozenset({"strength"}),
-        )
-
-    @property
-    def blocks(self):
-        return list(self.model.blocks)
-
-    def sites(self, block):
-        return (Site("self"),) if self.model.second is None else (Site("self"), Site("second", self.model.second))
-
-    def coordinates(self, inputs, shot):
-        return self.model.places(shot.grid, shot.text)
-
-    def encode(self, inputs, timestep):
-        x, words, condition = self.model.embed(
-            inputs.latents, timestep, inputs.text, inputs.extras.get("strength", 1.0)
-        )
-        return State({"x": x}, {"words": words, "condition": condition})
-
-    def rope(self, coords):
-        return self.model.angles(coords)
-
-    def qkv(self, block, site, state):
-        if site.name == "self":
-            return QKV(*block.qkv(state.streams["x"], state.conditioning["condition"]))
-        return QKV(*block.second_qkv(state.streams["x"], **state.conditioning))
-
-    def finish(self, block, site, state, attended, aux):
-        finish = block.finish if site.name == "self" else block.second_finish
-        return {"x": finish(state.streams["x"], attended)}
-
-    def head(self, state):
-        return self.model.head(state.streams["x"], state.conditioning["words"])
-
-    def unpatchify(self, tokens, shot):
-        return self.model.unpatchify(tokens, shot.grid)
-
-    def single_shot(self, inputs, timestep):
-        return self.model(inputs.latents, timestep, inputs.text, **inputs.extras)
-
-
-TOYS = {
-    "video first, channels paired half by half": {"text_first": False, "pairing": "half"},
-    "grouped heads, fractional coordinates": {"kv_heads": 2, "cell": (0.4, 1.5, 0.75), "unit": (0.5, 1.5, 0.75)},
-    "no RoPE": {"pairing": None},
-    "cross-attention to the own text": {"text": "cross", "second": "own_text", "text_first": False},
-    "cross-attention to own and global text": {"text": "cross", "second": "own_and_global_text", "kv_heads": 1},
-    "a second attention in the own shot": {"second": "own_shot", "kv_heads": 2, "pairing": "half"},
-}
-
-
-def toy(**config):
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return ToyBackbone(Toy(**config))
-
-
 def adapters():
     return {"MMDiT": lambda: MMDiTBackbone(tiny()), **{name: partial(toy, **config) for name, config in TOYS.items()}}
 
 
-ADAPTERS = pytest.mark.parametrize("make", [pytest.param(make, id=name) for name, make in adapters().items()])
+CASES = [pytest.param(make, id=name) for name, make in adapters().items()]
+ADAPTERS = pytest.mark.parametrize("make", CASES)
+JOINT = pytest.mark.parametrize("make", [case for case in CASES if case.values[0]().traits.text == "joint"])
 
 
-def make(adapter, *, scheme="anchored", **options):
-    return retrofit(adapter.model, scheme=scheme, backbone=adapter, **options)
+def scope(adapter):
+    return getattr(adapter, "scope", "own")
+
+
+def retrofitted(adapter, **options):
+    return retrofit(adapter.model, backbone=adapter, **{"text": scope(adapter), **options})
 
 
 @pytest.fixture(scope="module", params=SCHEMES)
@@ -249,7 +61,7 @@ def draw(adapter, layout, *, batch=1, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return [
         [
-            ShotInput(latents=None if shot.role == "global" else given.latents, text=given.text, role=shot.role)
+            ShotInput(text=given.text, role="global") if shot.role == "global" else given
             for shot in scene
             for given in [adapter.example(shot, batch=batch, generator=generator, dtype=torch.float32)]
         ]
@@ -257,17 +69,28 @@ def draw(adapter, layout, *, batch=1, seed=0):
     ]
 
 
+def suited(adapter, layout):
+    """The layout that a model takes: where it cross-attends text, prompts are without video, or not there."""
+    if adapter.traits.text == "joint":
+        return layout
+    bare = [[replace(s, grid=(0, 0, 0)) if s.role == "global" else s for s in scene] for scene in layout.scenes]
+    return Layout([[s for s in scene if s.role != "global" or scope(adapter) != "own"] for scene in bare])
+
+
 def with_zeros(scenes):
-    """The same with every dummy video given: one frame of zeros."""
+    """The same with every dummy video given, as the definition needs it: one frame of zeros."""
     return [
         [
-            ShotInput(latents=torch.zeros_like(scene[1].latents[:, :, :1]), text=shot.text, role="global")
-            if shot.role == "global"
-            else shot
+            replace(shot, latents=torch.zeros_like(scene[1].latents[:, :, :1])) if shot.role == "global" else shot
             for shot in scene
         ]
         for scene in scenes
     ]
+
+
+def alone_too(adapter, scenes):
+    """The same in the form in which a global shot can stand alone in a call."""
+    return with_zeros(scenes) if adapter.traits.text == "joint" else scenes
 
 
 def random_levels(layout, *, batch=1, seed=0):
@@ -364,7 +187,7 @@ def test_moving_a_whole_scene_changes_nothing(model, layout, pattern, steps):
     moved = copy.copy(model.adapter)
     moved.rope = lambda coords: model.adapter.rope(coords + steps)
     t, scenes = random_levels(layout), draw(model.adapter, layout)
-    got, expected = (flat(m(scenes, t, pattern=pattern)) for m in (make(moved, scheme=model.scheme), model))
+    got, expected = (flat(m(scenes, t, pattern=pattern)) for m in (retrofitted(moved, scheme=model.scheme), model))
     assert worst(got, expected) <= FLOAT32["shifted"].absolute
 
 
@@ -398,10 +221,11 @@ WITH_GLOBALS = Layout(
 @torch.no_grad()
 def test_scenes_with_global_shots_equal_the_definition(make, scheme, pattern):
     adapter = make()
-    t, scenes = random_levels(WITH_GLOBALS, batch=2), draw(adapter, WITH_GLOBALS, batch=2)
-    got = flat(retrofit(adapter.model, scheme=scheme, backbone=adapter)(scenes, t, pattern=pattern))
-    truth = definition(adapter, with_zeros(scenes), t, scheme=scheme, pattern=pattern)
-    assert [out is None for out in got] == [shot.role == "global" for shot in WITH_GLOBALS.shots]
+    layout = suited(adapter, WITH_GLOBALS)
+    t, scenes = random_levels(layout, batch=2), draw(adapter, layout, batch=2)
+    got = flat(retrofitted(adapter, scheme=scheme)(scenes, t, pattern=pattern))
+    truth = definition(adapter, with_zeros(scenes), t, scheme=scheme, pattern=pattern, text=scope(adapter))
+    assert [out is None for out in got] == [shot.role == "global" for shot in layout.shots]
     bound = FLOAT32["definition"].absolute
     assert max(error(out, x) for out, x in zip(got, truth, strict=True) if out is not None) <= bound
 
@@ -411,9 +235,9 @@ def test_scenes_with_global_shots_equal_the_definition(make, scheme, pattern):
 @torch.no_grad()
 def test_a_cached_global_shot_equals_an_uncached_one(make, scheme):
     adapter = make()
-    model = retrofit(adapter.model, scheme=scheme, backbone=adapter)
-    layout = Layout(WITH_GLOBALS.scenes[:1])
-    t, (scene,) = random_levels(layout), with_zeros(draw(adapter, layout))
+    model = retrofitted(adapter, scheme=scheme)
+    layout = suited(adapter, Layout(WITH_GLOBALS.scenes[:1]))
+    t, (scene,) = random_levels(layout), alone_too(adapter, draw(adapter, layout))
     full = model(scene, t, pattern="context_causal")
     assert worst(shot_by_shot(model, scene, t), full) <= FLOAT32["cached"].absolute
 
@@ -424,7 +248,7 @@ def test_a_cached_global_shot_equals_an_uncached_one(make, scheme):
 def test_a_cached_history_moves_in_the_adapters_own_units(make, scheme):
     """Moved as one with the shot that follows, it changes nothing; moved against it, it does, where there is RoPE."""
     adapter = make()
-    model = retrofit(adapter.model, scheme=scheme, backbone=adapter)
+    model = retrofitted(adapter, scheme=scheme)
     layout = Layout([[Shot(2, (2, 2, 2)), Shot(1, (1, 1, 3)), Shot(3, (1, 2, 2))]])
     (scene,), t, cache = draw(adapter, layout), random_levels(layout), KVCache()
     shot_by_shot(model, scene[:2], t, cache=cache)
@@ -437,30 +261,180 @@ def test_a_cached_history_moves_in_the_adapters_own_units(make, scheme):
     assert (error(apart, before) > 1e-4) == (adapter.traits.pairing is not None)
 
 
+# Whose prompts are heard where text is cross-attended.
+
+SCOPES = ("own", "own_and_global", "all")
+
+
+@st.composite
+def spoken(draw, text, **options):
+    """Layouts in which every shot has a text; prompts are without video, and only there where they are heard."""
+    layout = draw(small(with_global=None if text != "own" else False, **options))
+    said = [
+        [Shot(max(shot.text, 1), (0, 0, 0) if shot.role == "global" else shot.grid, role=shot.role) for shot in scene]
+        for scene in layout.scenes
+    ]
+    return Layout(said, layout.text_first)
+
+
+@pytest.mark.parametrize("text", SCOPES)
+@pytest.mark.parametrize("scheme", SCHEMES)
+@given(data=st.data(), pattern=st.sampled_from(PATTERNS))
 @torch.no_grad()
-def test_cross_attended_text_is_heard_where_it_should_be():
-    layout = Layout([[Shot(2, (1, 2, 2), role="global"), Shot(2, (1, 2, 2)), Shot(3, (1, 1, 1))]])
-    for second, hears_global in (("own_text", False), ("own_and_global_text", True)):
-        adapter = toy(text="cross", second=second)
-        model, (scene,), t = make(adapter), draw(adapter, layout), random_levels(layout)
-        changed = ShotInput(text=scene[0].text + 1, role="global")
-        before, after = (model(s, t, pattern="own_shot") for s in (scene, [changed, *scene[1:]]))
-        assert [not torch.equal(b, a) for b, a in zip(before[1:], after[1:], strict=True)] == [hears_global] * 2
-        spoken = ShotInput(latents=scene[1].latents, text=scene[1].text + 1)
-        after = model([scene[0], spoken, scene[2]], t, pattern="own_shot")
-        assert not torch.equal(before[1], after[1])
-        assert torch.equal(before[2], after[2])
+def test_cross_attended_text_equals_the_definition(text, scheme, data, pattern):
+    layout, adapter = data.draw(spoken(text)), toy(**CROSS)
+    t, scenes = data.draw(levels(layout)), draw(adapter, layout)
+    got = flat(retrofitted(adapter, scheme=scheme, text=text)(scenes, t, pattern=pattern))
+    truth = definition(adapter, with_zeros(scenes), t, scheme=scheme, pattern=pattern, text=text)
+    expected = [None if shot.role == "global" else x for shot, x in zip(layout.shots, truth, strict=True)]
+    assert worst(got, expected) <= FLOAT32["definition"].absolute
+
+
+@pytest.mark.parametrize("text", SCOPES)
+@given(data=st.data())
+@torch.no_grad()
+def test_cached_cross_attention_equals_uncached(text, data):
+    layout = data.draw(spoken(text, max_scenes=1))
+    ends = sorted(data.draw(st.sets(st.integers(1, layout.num_shots), max_size=3)) | {layout.num_shots})
+    model = retrofitted(toy(**CROSS), text=text)
+    t, (scene,) = random_levels(layout, batch=2), draw(model.adapter, layout, batch=2)
+    full = model(scene, t, pattern="context_causal")
+    cached = shot_by_shot(model, scene, t, sizes=[b - a for a, b in pairwise([0, *ends])])
+    assert worst(cached, full) <= FLOAT32["cached"].absolute
+
+
+@pytest.mark.parametrize("text", SCOPES)
+@pytest.mark.parametrize(
+    "history",
+    [
+        [[], [], [], [], []],
+        [[], [0], [0], [0], [0]],
+        [[], [], [1], [1, 2], [1, 2, 3]],
+        [[], [], [], [1], [0, 2]],
+    ],
+)
+@torch.no_grad()
+def test_prompts_are_heard_by_who_sees_their_shot(text, history):
+    """In one block attention to video comes before attention to text: a changed text shows in no video but its own.
+
+    Each shot's prompt is changed in turn, and which shots change is compared with who sees whom; a global prompt is
+    heard by all, named in a history or not.
+    """
+    with_prompt = text != "own"
+    layout = Layout(
+        [
+            [
+                Shot(2, (0, 0, 0), role="global"),
+                Shot(2, (1, 2, 2)),
+                Shot(3, (1, 1, 1)),
+                Shot(1, (2, 1, 1)),
+                Shot(2, (1, 2, 1)),
+            ]
+        ]
+    )
+    model = retrofitted(toy(**CROSS, depth=1), text=text)
+    (scene,), t = draw(model.adapter, layout), random_levels(layout)
+    if not with_prompt:
+        scene, t = scene[1:], t[:, 1:]
+        history = [[i - 1 for i in seen if i] for seen in history[1:]]
+    pattern = partial(lct.selected_history, history=history)
+    before = model(scene, t, pattern=pattern)
+    shots = [i for i, shot in enumerate(scene) if shot.role == "shot"]
+    for changed, shot in enumerate(scene):
+        others = [replace(s, text=s.text + 1) if i == changed else s for i, s in enumerate(scene)]
+        after = model(others, t, pattern=pattern)
+        heard = {i for i in shots if not torch.equal(after[i], before[i])}
+        everywhere = shot.role == "global"
+        assert heard == {i for i in shots if everywhere or i == changed or (text == "all" and changed in history[i])}
+
+
+@pytest.mark.parametrize("text", ["own_and_global", "all"])
+@pytest.mark.parametrize("scheme", SCHEMES)
+@torch.no_grad()
+def test_a_prompt_alone_in_a_call_is_written_and_takes_no_place(text, scheme):
+    model, cache = retrofitted(toy(**CROSS), text=text, scheme=scheme), KVCache()
+    ((prompt, _),) = draw(model.adapter, Layout([[Shot(3, (0, 0, 0), role="global"), Shot(1, (1, 1, 1))]]))
+    assert model([prompt], torch.zeros(1), pattern="context_causal", cache=cache) == [None]
+    cache.append("prompt")
+    (entry,) = cache.shots
+    assert entry.shot == Shot(3, (0, 0, 0), role="global")
+    assert (entry.origin, entry.extent, cache.end) == (0, 0, 0)
+    assert model([prompt], torch.zeros(1)) == [None]  # without a cache: nothing to do
+
+
+@torch.no_grad()
+def test_a_selection_from_a_cache_keeps_texts_with_their_shots():
+    """Shots written seeing themselves and the prompt alone; any of them, selected, are as in a row of their own."""
+    model, cache = retrofitted(toy(**CROSS), text="all"), KVCache()
+    layout = Layout([[Shot(2, (0, 0, 0), role="global"), Shot(4, (1, 2, 2)), Shot(1, (2, 1, 1)), Shot(3, (1, 1, 2))]])
+    (scene,), t = draw(model.adapter, layout), random_levels(layout)
+    shot_by_shot(model, scene[:3], t, pattern="own_shot", cache=cache)
+    for chosen in ([0, 2], [0, 2, 1], [0], [0, 1, 2]):
+        cache.select(chosen)
+        (got,) = model(scene[3:], t[:, 3:], pattern="context_causal", cache=cache)
+        row, history = [*chosen, 3], [*([] for _ in chosen), range(len(chosen))]
+        *_, expected = model([scene[i] for i in row], t[:, row], pattern=partial(lct.selected_history, history=history))
+        assert error(got, expected) <= FLOAT32["shifted"].absolute
+
+
+@torch.no_grad()
+def test_a_prompt_without_video_is_left_without():
+    adapter = toy(**CROSS)
+    (scene,) = draw(adapter, Layout([[Shot(2, (0, 0, 0), role="global"), Shot(1, (3, 2, 2))]]))
+    assert with_dummy_video(scene, adapter) == scene
+    seen = []
+    model = retrofitted(adapter, text="all")
+    model.backbone.register_forward_hook(lambda module, args, outputs: seen.append(outputs))
+    model(scene, torch.zeros(2))
+    assert scene[0].latents is None  # what the caller gave stays as it was
+    assert seen[0][0] is None
 
 
 @torch.no_grad()
 def test_a_shot_without_text_needs_a_global_prompt_to_cross_attend():
-    layout = Layout([[Shot(2, (1, 1, 1), role="global"), Shot(0, (1, 1, 1))]])
-    adapter = toy(text="cross", second="own_and_global_text")
-    (scene,) = draw(adapter, layout)
-    (_, out) = make(adapter)(scene, torch.zeros(2))
-    assert out.isfinite().all()
-    with pytest.raises(ValueError, match=r"^layout: shot 0 .* has no text to attend to"):
-        make(adapter)(scene[1:], torch.zeros(1))
+    layout = Layout([[Shot(2, (0, 0, 0), role="global"), Shot(0, (1, 1, 1))]])
+    for text in ("own_and_global", "all"):
+        model = retrofitted(toy(**CROSS), text=text)
+        (scene,) = draw(model.adapter, layout)
+        (_, out) = model(scene, torch.zeros(2))
+        assert out.isfinite().all()
+        with pytest.raises(ValueError, match=r"^layout: shot 0 .* has no text to attend to"):
+            model(scene[1:], torch.zeros(1))
+
+
+@torch.no_grad()
+def test_refuses_prompts_that_nobody_sees():
+    layout = Layout([[Shot(2, (0, 0, 0), role="global"), Shot(1, (1, 1, 1))]])
+    model = retrofitted(toy(**CROSS), text="own")
+    (scene,) = draw(model.adapter, layout)
+    message = (
+        r'^shots: got a global shot, which nobody sees.*expected none, or retrofit\(model, text="own_and_global"\)'
+    )
+    for row in ([scene], [scene[:1]], [scene[1:], scene]):
+        with pytest.raises(ValueError, match=message):
+            model(row, torch.zeros(len(flat(row))))
+
+
+@pytest.mark.parametrize("text", SCOPES)
+def test_refuses_dummy_video_where_text_is_cross_attended(text):
+    model = retrofitted(toy(**CROSS), text=text)
+    (scene,) = with_zeros(draw(model.adapter, Layout([[Shot(2, (1, 1, 1), role="global"), Shot(1, (1, 2, 2))]])))
+    message = r"^shots: the global shot has latents \[1, 3, 1, 4, 4\], expected none: this model cross-attends"
+    with pytest.raises(ValueError, match=message):
+        model(scene, torch.zeros(2))
+
+
+def test_refuses_a_choice_of_prompts_that_there_is_not():
+    with pytest.raises(ValueError, match=r"^text: got 'global', expected one of \('own', 'own_and_global', 'all'\)"):
+        retrofit(tiny(), text="global")
+    for text in ("own_and_global", "all"):
+        base = tiny()
+        with pytest.raises(ValueError, match=f'^text: got {text!r}, but the text of MMDiT takes part .*expected "own"'):
+            retrofit(base, text=text)
+        assert "forward" not in vars(base)
+
+
+# What an adapter may take or refuse.
 
 
 @torch.no_grad()
@@ -481,7 +455,7 @@ def test_streams_that_only_one_site_changes_are_kept():
     seen = []
     adapter = Counts(Toy(second="own_shot"))
     (scene,) = draw(adapter, Layout([[Shot(1, (1, 1, 2)), Shot(2, (1, 1, 1))]]))
-    make(adapter)(scene, torch.tensor([0.5, 0.5]))
+    retrofitted(adapter)(scene, torch.tensor([0.5, 0.5]))
     assert seen == [(2, 2), (2, 2)]  # once in each of two blocks, for each of two shots
 
 
@@ -489,13 +463,13 @@ def test_streams_that_only_one_site_changes_are_kept():
 def test_extras_reach_their_shot():
     adapter = toy()
     (scene,) = draw(adapter, Layout([[Shot(1, (1, 2, 2)), Shot(2, (1, 1, 1))]]))
-    strong = ShotInput(latents=scene[1].latents, text=scene[1].text, extras={"strength": 2.0})
-    model, t = make(adapter), torch.tensor([0.3, 0.6])
+    strong = replace(scene[1], extras={"strength": torch.tensor([2.0])})
+    model, t = retrofitted(adapter), torch.tensor([0.3, 0.6])
     plain, changed = (model([scene[0], second], t, pattern="own_shot") for second in (scene[1], strong))
     assert torch.equal(plain[0], changed[0])
     assert not torch.equal(plain[1], changed[1])
     (alone,) = model([strong], t[1:])
-    assert torch.equal(alone, adapter.model(strong.latents, 1 - t[1:], strong.text, strength=2.0))
+    assert torch.equal(alone, adapter.model(strong.latents, 1 - t[1:], strong.text, strength=torch.tensor([2.0])))
 
 
 # The face.
@@ -529,12 +503,19 @@ def test_a_level_for_all_entries_is_a_level_for_each(fresh):
 @torch.no_grad()
 def test_every_entry_of_a_batch_has_its_own_levels(make):
     adapter = make()
-    model = retrofit(adapter.model, backbone=adapter)
+    model = retrofitted(adapter)
     layout = Layout([[Shot(2, (1, 2, 2)), Shot(1, (2, 1, 1))]])
     (scene,), t = draw(adapter, layout, batch=3), random_levels(layout, batch=3)
     together = model(scene, t)
     for entry in range(3):
-        alone = [ShotInput(latents=s.latents[entry, None], text=s.text[entry, None]) for s in scene]
+        alone = [
+            ShotInput(
+                latents=s.latents[entry, None],
+                text=s.text[entry, None],
+                extras={name: x[entry, None] for name, x in s.extras.items()},
+            )
+            for s in scene
+        ]
         got = [out[entry, None] for out in together]
         assert worst(got, model(alone, t[entry])) <= FLOAT32["definition"].absolute
 
@@ -599,11 +580,11 @@ def test_own_shot_pattern_is_the_base_model(fresh):
 # The global shot.
 
 
-@ADAPTERS
+@JOINT
 @torch.no_grad()
 def test_the_dummy_video_is_one_frame_of_zeros(make):
     adapter = make()
-    model = retrofit(adapter.model, backbone=adapter)
+    model = retrofitted(adapter)
     scenes, t = draw(adapter, WITH_GLOBALS, batch=2), random_levels(WITH_GLOBALS, batch=2)
     given = []
     model.backbone.register_forward_pre_hook(lambda module, args: given.extend(args[1]))
@@ -712,7 +693,7 @@ def test_weights_go_into_a_fresh_model_through_a_file(fresh):
 def test_everything_runs_inside_the_modules_own_call(make):
     """Else the hooks of sharding and offload would fire at the wrong time, or never."""
     adapter = make()
-    model = retrofit(adapter.model, backbone=adapter)
+    model = retrofitted(adapter)
     inside, calls = set(), []
     for module in (model.backbone, *adapter.blocks):
         module.register_forward_pre_hook(lambda module, args: inside.add(module))
@@ -803,8 +784,7 @@ def alike(layout):
 def both_ways(make, **options):
     """The same model twice: its shots one by one, and in batches."""
     return [
-        retrofit(adapter.model, backbone=adapter, batch_shots=batched, **options)
-        for adapter, batched in ((make(), False), (make(), True))
+        retrofitted(adapter, batch_shots=batched, **options) for adapter, batched in ((make(), False), (make(), True))
     ]
 
 
@@ -814,9 +794,10 @@ def both_ways(make, **options):
 @torch.no_grad()
 def test_a_batch_of_shots_equals_them_one_by_one(make, scheme, pattern):
     one_by_one, batched = both_ways(make, scheme=scheme)
-    t, scenes = random_levels(TWINS, batch=2), draw(batched.adapter, TWINS, batch=2)
+    layout = suited(batched.adapter, TWINS)
+    t, scenes = random_levels(layout, batch=2), draw(batched.adapter, layout, batch=2)
     got, expected = (model(scenes, t, pattern=pattern) for model in (batched, one_by_one))
-    assert [len(outs) for outs in got] == [len(outs) for outs in expected] == [5, 3, 3]
+    assert [len(outs) for outs in got] == [len(outs) for outs in expected] == [len(scene) for scene in layout.scenes]
     assert worst(flat(got), flat(expected)) <= FLOAT32["batched"].absolute
     for shot, out in zip(flat(scenes), flat(got), strict=True):
         assert out is None if shot.role == "global" else out.shape == shot.latents.shape
@@ -840,7 +821,8 @@ def test_any_row_in_batches_equals_it_one_by_one(model, data, layout, pattern):
 def test_gradients_of_a_batch_of_shots(make, checkpointing):
     one_by_one, batched = both_ways(make)
     batched.gradient_checkpointing = checkpointing
-    t, scenes = random_levels(TWINS, batch=2), draw(batched.adapter, TWINS, batch=2)
+    layout = suited(batched.adapter, TWINS)
+    t, scenes = random_levels(layout, batch=2), draw(batched.adapter, layout, batch=2)
     expected, got = (gradients(model, scenes, t, "context_causal") for model in (one_by_one, batched))
     assert got.keys() == expected.keys()
     together = [torch.cat([gradient.flatten() for gradient in of.values()]) for of in (got, expected)]
@@ -848,13 +830,14 @@ def test_gradients_of_a_batch_of_shots(make, checkpointing):
 
 
 @ADAPTERS
-@pytest.mark.parametrize("sizes", [[1, 1, 1, 1, 1], [2, 3], [1, 4], [3, 1, 1]])
+@pytest.mark.parametrize("ends", [[1, 2, 3, 4], [2], [1], [3, 4]])
 @torch.no_grad()
-def test_a_batch_of_shots_with_a_cache(make, sizes):
+def test_a_batch_of_shots_with_a_cache(make, ends):
     """Equal shots in one call or in several, the same is written into the cache and read from it."""
     one_by_one, batched = both_ways(make)
-    layout = Layout(TWINS.scenes[:1])
-    t, (scene,) = random_levels(layout, batch=2), with_zeros(draw(batched.adapter, layout, batch=2))
+    layout = suited(batched.adapter, Layout(TWINS.scenes[:1]))
+    t, (scene,) = random_levels(layout, batch=2), alone_too(batched.adapter, draw(batched.adapter, layout, batch=2))
+    sizes = [stop - start for start, stop in pairwise(sorted({0, *ends, len(scene)}))]
     full = one_by_one(scene, t, pattern="context_causal")
     caches = KVCache(), KVCache()
     expected, got = (
@@ -900,6 +883,7 @@ def test_a_block_is_run_once_for_all_shots_that_are_alike(make, layout):
 
     for model in both_ways(make):
         calls, adapter = [], model.adapter
+        layout = suited(adapter, layout)
         for name in ("qkv", "finish"):
             setattr(adapter, name, watched(calls, name, getattr(adapter, name)))
         model(draw(adapter, layout, batch=2), random_levels(layout, batch=2))
@@ -917,6 +901,58 @@ def test_a_block_is_run_once_for_all_shots_that_are_alike(make, layout):
 
 def test_shots_run_one_by_one_by_default():
     assert not retrofit(tiny()).batch_shots
+
+
+# What lies between two attentions, compiled.
+
+
+LARGER = Layout([[Shot(3, (0, 0, 0), role="global"), Shot(2, (2, 2, 2)), Shot(4, (1, 2, 3))]])
+
+
+@torch.no_grad()
+def test_a_compiled_model_equals_it_uncompiled():
+    torch.compiler.reset()
+    plain, compiled = (retrofitted(toy(**CROSS, scope="all"), compile=on) for on in (False, True))
+    t, (scene,) = random_levels(LARGER, batch=2), draw(plain.adapter, LARGER, batch=2)
+    got, expected = (model(scene, t, pattern="context_causal") for model in (compiled, plain))
+    assert worst(got, expected) <= FLOAT32["compiled"].absolute
+    cached = shot_by_shot(compiled, scene, t)
+    assert worst(cached, expected) <= FLOAT32["compiled"].absolute + FLOAT32["cached"].absolute
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch.compile's own
+def test_gradients_of_a_compiled_model():
+    torch.compiler.reset()
+    plain, compiled = (retrofitted(toy(), compile=on, gradient_checkpointing=on) for on in (False, True))
+    layout = Layout([LARGER.scenes[0][1:]])
+    t, (scene,) = random_levels(layout), draw(plain.adapter, layout)
+    expected, got = (gradients(model, scene, t, "context_causal") for model in (plain, compiled))
+    together = [torch.cat([gradient.flatten() for gradient in of.values()]) for of in (got, expected)]
+    assert error(*together) <= FLOAT32["compiled"].absolute
+
+
+@torch.no_grad()
+def test_all_blocks_share_what_is_compiled(monkeypatch):
+    """Else a deep model would take minutes to compile, and run into torch's limit of graphs for one function."""
+    layout, made = Layout([[Shot(3, (2, 2, 2))]]), []
+    monkeypatch.setattr("torch.compile", partial(torch.compile, backend="eager"))
+    for depth in (1, 4):
+        torch.compiler.reset()
+        lct.scene_model._compiled.cache_clear()
+        torch._dynamo.utils.counters.clear()
+        model = retrofitted(toy(**CROSS, depth=depth), compile=True)
+        (scene,) = draw(model.adapter, layout)
+        model(scene, torch.tensor([0.5]))
+        made.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    lct.scene_model._compiled.cache_clear()
+    assert made[0] == made[1] == 4  # what comes before and after each of a block's two attentions
+
+
+def test_a_compiled_model_can_be_copied_and_pickled():
+    model = retrofit(tiny(), compile=True)
+    assert copy.deepcopy(model).compile
+    assert pickle.loads(pickle.dumps(model)).compile
+    assert not retrofit(tiny()).compile
 
 
 # Training.
@@ -947,20 +983,14 @@ def saved_bytes(model, scene, t):
 @ADAPTERS
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_checkpointing_changes_memory_and_no_gradient(make, pattern):
-    layout = Layout(
-        [
-            [
-                Shot(2, (1, 2, 3), role="global"),
-                Shot(3, (2, 2, 3)),
-                Shot(0 if make().traits.text == "joint" else 1, (1, 1, 1)),
-            ]
-        ]
-    )
     plain = make()
+    least = 0 if plain.traits.text == "joint" else 1
+    layout = Layout([[Shot(2, (1, 2, 3), role="global"), Shot(3, (2, 2, 3)), Shot(least, (1, 1, 1))]])
+    layout = suited(plain, layout)
     (scene,), t = draw(plain, layout, batch=2), random_levels(layout, batch=2)
-    model = retrofit(plain.model, backbone=plain)
+    model = retrofitted(plain)
     checkpointed = make()
-    saving = retrofit(checkpointed.model, backbone=checkpointed, gradient_checkpointing=True)
+    saving = retrofitted(checkpointed, gradient_checkpointing=True)
     a, b = gradients(model, scene, t, pattern), gradients(saving, scene, t, pattern)
     for name, gradient in a.items():
         assert gradient is not None
@@ -973,7 +1003,7 @@ def test_checkpointing_recomputes_every_block_once():
     calls = []
     qkv = adapter.qkv
     adapter.qkv = lambda block, site, state: (calls.append(block), qkv(block, site, state))[1]
-    model = make(adapter, gradient_checkpointing=True)
+    model = retrofitted(adapter, gradient_checkpointing=True)
     (scene,) = draw(adapter, Layout([[Shot(1, (1, 1, 2))]]))
     (out,) = model(scene, torch.tensor([0.5]))
     assert calls == adapter.blocks
@@ -1007,7 +1037,7 @@ def autocast():
 @torch.no_grad()
 def test_one_shot_equals_the_base_model_under_autocast(make):
     adapter, base = make(), make()
-    model = retrofit(adapter.model, backbone=adapter)
+    model = retrofitted(adapter)
     layout = Layout([[Shot(3, (2, 2, 2))]])
     (scene,), t = draw(adapter, layout, batch=2), random_levels(layout, batch=2)
     clean, noise = adapter.traits.timesteps
@@ -1026,7 +1056,7 @@ def test_autocast_leaves_float64_alone():
     generator = torch.Generator().manual_seed(0)
     shot = adapter.example(Shot(3, (2, 2, 2)), batch=1, generator=generator, dtype=torch.float64)
     with autocast():
-        (out,) = make(adapter)([shot], torch.tensor([0.5], dtype=torch.float64))
+        (out,) = retrofitted(adapter)([shot], torch.tensor([0.5], dtype=torch.float64))
         expected = base.single_shot(shot, torch.tensor([0.5], dtype=torch.float64))
     assert out.dtype == torch.float64
     assert error(out, expected) <= FLOAT32["definition"].absolute  # in bfloat16 it would be a thousand times that
@@ -1036,7 +1066,7 @@ def test_autocast_leaves_float64_alone():
 @torch.no_grad()
 def test_autocast_with_a_cache(make):
     adapter = make()
-    model = retrofit(adapter.model, backbone=adapter)
+    model = retrofitted(adapter)
     layout = Layout([[Shot(3, (2, 2, 2)), Shot(1, (1, 1, 2)), Shot(2, (1, 2, 1))]])
     (scene,), t = draw(adapter, layout), random_levels(layout)
     truth = model(scene, t, pattern="context_causal")
@@ -1063,7 +1093,7 @@ def test_angles_stay_exact_under_autocast():
         return angles
 
     adapter.rope = watched
-    model = make(adapter)
+    model = retrofitted(adapter)
     layout = Layout([[Shot(3, (2, 2, 2)), Shot(1, (1, 1, 2))]])
     (scene,), t = draw(adapter, layout), random_levels(layout)
     with autocast():
@@ -1081,17 +1111,17 @@ def test_a_float64_model_rotates_in_float64():
     scene = [adapter.example(shot, batch=1, generator=generator, dtype=torch.float64) for shot in counts]
     t = torch.tensor([0.25, 0.75], dtype=torch.float64)
     truth = definition(adapter, [scene], t, scheme="anchored", pattern="bidirectional")
-    assert worst(make(adapter)(scene, t), truth) <= FLOAT32["definition"].absolute ** 2  # twice as many digits
+    assert worst(retrofitted(adapter)(scene, t), truth) <= FLOAT32["definition"].absolute ** 2  # twice as many digits
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
 def test_rotation_is_in_float32_whatever_the_models_dtype(monkeypatch, dtype):
-    seen, rotate = [], lct.scene_model.rotate
-    monkeypatch.setattr("lct_core.scene_model.rotate", lambda x, by: (seen.append(by), rotate(x, by))[1])
+    seen, rotate = [], lct.backbone.rotate
+    monkeypatch.setattr("lct_core.backbone.rotate", lambda x, by: (seen.append(by), rotate(x, by))[1])
     adapter = MMDiTBackbone(tiny().to(dtype))
     shot = adapter.example(Shot(1, (1, 1, 2)), batch=1, generator=torch.Generator(), dtype=dtype)
-    (out,) = make(adapter)([shot], torch.tensor([0.5]))
+    (out,) = retrofitted(adapter)([shot], torch.tensor([0.5]))
     assert out.dtype == dtype
     assert {by.cos.dtype for by in seen} == {by.sin.dtype for by in seen} == {torch.float32}
 
@@ -1227,12 +1257,38 @@ def test_retrofit_refuses():
     assert "forward" not in vars(base)  # a refused model is left alone
 
 
+class Fussy(ToyBackbone):
+    """Cannot be served while it has reasons."""
+
+    reasons = ()
+
+    def refusals(self):
+        return list(self.reasons)
+
+
+def test_a_model_that_cannot_be_served_is_refused_with_every_reason():
+    adapter = Fussy(Toy())
+    adapter.reasons = ("its cache is on", "its LoRA is fused")
+    message = "^model: this Toy cannot be served: its cache is on; its LoRA is fused$"
+    with pytest.raises(ValueError, match=message):
+        retrofitted(adapter)
+    assert "forward" not in vars(adapter.model)
+    adapter.reasons = ()
+    model, (scene,) = retrofitted(adapter), draw(adapter, Layout([[Shot(1, (1, 1, 2))]]))
+    before = model(scene, torch.tensor([0.5]))
+    adapter.reasons = ("its cache is on", "its LoRA is fused")  # also where it was set up so after the retrofit
+    with pytest.raises(ValueError, match=message):
+        model(scene, torch.tensor([0.5]))
+    adapter.reasons = ()
+    assert worst(model(scene, torch.tensor([0.5])), before) == 0
+
+
 def test_an_adapter_with_rope_must_give_angles():
     class Silent(ToyBackbone):
         rope = Backbone.rope
 
     with pytest.raises(NotImplementedError, match=r"^Silent.rope: traits.pairing is 'interleaved'"):
-        make(Silent(Toy()))([given_shot(channels=3, text=(1, 3, 5))], torch.tensor([0.5]))
+        retrofitted(Silent(Toy()))([given_shot(channels=3, text=(1, 3, 5))], torch.tensor([0.5]))
 
 
 def test_a_subclass_of_a_known_model_is_handled():

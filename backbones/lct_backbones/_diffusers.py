@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
 import torch
+from diffusers.models.attention import AttentionModuleMixin
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -88,7 +89,8 @@ class DiffusersBackbone(Backbone):
         if getattr(self.model, "_parallel_config", None) is not None:
             reasons.append("context parallelism is on, which splits its tokens; load the model without it")
         attentions: list[Any] = list(self.attentions())
-        if any(getattr(attention, "fused_projections", False) for attention in attentions):
+        own = [a for a in attentions if isinstance(a, AttentionModuleMixin)]  # others swap their processors
+        if any(getattr(attention, "fused_projections", False) for attention in own):
             reasons.append("its query, key and value projections are fused; call model.unfuse_qkv_projections()")
         processors = [attention.processor for attention in attentions]
         if others := {type(processor).__name__ for processor in processors} - set(self.processors):

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from lct_backbones._diffusers import DiffusersBackbone, project, project_out, token_timesteps
 from lct_core import QKV, Extra, Shot, ShotInput, Site, State, Traits, axis_frequencies
 
+_IMAGE = "encoder_hidden_states_image"
 _TEXT = 512  # text tokens that an I2V model expects behind those of the image: it splits there
 
 
@@ -35,28 +36,34 @@ class WanBackbone(DiffusersBackbone):
 
     def describe(self, config: Any) -> Traits:
         """Frames get the channels that do not divide by three."""
-        rope, image = self.model.rope, "encoder_hidden_states_image"
+        rope, condition = self.model.rope, config.in_channels - (config.out_channels or config.in_channels)
+        if condition < 0 or (config.image_dim is None) != (config.added_kv_proj_dim is None):
+            raise ValueError(
+                f"model: got in_channels={config.in_channels}, out_channels={config.out_channels}, image_dim="
+                f"{config.image_dim}, added_kv_proj_dim={config.added_kv_proj_dim}, expected at least as many channels "
+                "in as out, and both of the others or neither, as every checkpoint has; set the configuration so"
+            )
         self.frequencies = axis_frequencies((rope.t_dim, rope.h_dim, rope.w_dim))
         extras = {"timestep_mask": Extra(("frames", "height", "width"), image=True)}
-        if condition := config.in_channels - config.out_channels:
+        if condition:
             extras["condition"] = Extra((condition, "frames", "height", "width"), required=True, image=True)
         if config.image_dim is not None:
-            extras[image] = Extra((config.pos_embed_seq_len or "tokens", config.image_dim), required=True, image=True)
+            extras[_IMAGE] = Extra((config.pos_embed_seq_len or "tokens", config.image_dim), required=True, image=True)
         return self.common(config, patch=config.patch_size, text_width=config.text_dim, text="cross", extras=extras)
 
     def shot(self, inputs: ShotInput) -> Shot:
         """As for any model; beside an image, text must have the 512 tokens that the model expects."""
-        if "encoder_hidden_states_image" in inputs.extras and inputs.text.shape[1:2] != (_TEXT,):
+        shot = super().shot(inputs)
+        if _IMAGE in inputs.extras and shot.text != _TEXT:
             raise ValueError(
-                f"text: got {list(inputs.text.shape)}, expected {_TEXT} tokens beside encoder_hidden_states_image: the "
-                "model finds the image's tokens by it; pad the encoded prompt with zeros, as its pipeline does"
+                f"text: got {list(inputs.text.shape)}, expected {_TEXT} tokens beside {_IMAGE}: the model finds the "
+                "image's tokens by it; pad the encoded prompt with zeros, as its pipeline does"
             )
-        return super().shot(inputs)
+        return shot
 
     def example(self, shot: Shot, **options: Any) -> ShotInput:
         """Beside an image, with the text that the model expects."""
-        text = _TEXT if "encoder_hidden_states_image" in self.traits.extras else shot.text
-        return super().example(replace(shot, text=text), **options)
+        return super().example(replace(shot, text=_TEXT) if _IMAGE in self.traits.extras else shot, **options)
 
     def sites(self, block: nn.Module) -> tuple[Site, ...]:
         """Self-attention, then text (and the image, which stays inside its shot)."""
@@ -64,35 +71,40 @@ class WanBackbone(DiffusersBackbone):
 
     def arguments(self, inputs: ShotInput, timestep: Tensor) -> dict[str, Any]:
         """The condition joined to the latents; timesteps of tokens; two images of a shot as entries of the batch."""
-        extras, latents, image = dict(inputs.extras), inputs.latents, "encoder_hidden_states_image"
-        if "condition" in extras:
-            latents = torch.cat([latents, extras.pop("condition")], dim=1)
-        if "timestep_mask" in extras:
-            timestep = token_timesteps(timestep, extras.pop("timestep_mask"), self.traits.patch)
-        if image in extras and self.model.config.pos_embed_seq_len is not None:
-            extras[image] = extras[image].unflatten(1, (2, -1)).flatten(0, 1)
-        return super().arguments(replace(inputs, latents=latents, extras=extras), timestep)
+        given = super().arguments(inputs, timestep)
+        if (condition := given.pop("condition", None)) is not None:
+            given["hidden_states"] = torch.cat([inputs.latents, condition], dim=1)
+        if (mask := given.pop("timestep_mask", None)) is not None:
+            given["timestep"] = token_timesteps(timestep, mask, self.traits.patch)
+        if _IMAGE in given and self.model.config.pos_embed_seq_len is not None:
+            given[_IMAGE] = given[_IMAGE].unflatten(1, (2, -1)).flatten(0, 1)
+        return given
 
     def encode(self, inputs: ShotInput, timestep: Tensor) -> State:
         """Patches; text; the six modulations of a block, for the shot or for every token."""
         given = self.arguments(inputs, timestep)
-        video = self.model.patch_embedding(given["hidden_states"]).flatten(2).transpose(1, 2).contiguous()
-        time, modulation, text, image = self.model.condition_embedder(
-            given["timestep"].flatten(),
-            given["encoder_hidden_states"],
-            given.get("encoder_hidden_states_image"),
-            timestep_seq_len=video.shape[1] if given["timestep"].ndim == 2 else None,
+        video, times = self.model.patch_embedding(given["hidden_states"]), given["timestep"]
+        embedded = self.model.condition_embedder(
+            times.flatten(), inputs.text, given.get(_IMAGE), times.shape[1] if times.ndim == 2 else None
         )
-        conditioning = {"time": time, "modulation": modulation.unflatten(-1, (6, -1)), "text": text}
-        return State({"video": video}, conditioning if image is None else {**conditioning, "image": image})
+        return self.state(video.flatten(2).transpose(1, 2).contiguous(), *embedded)
+
+    def state(self, video: Tensor, time: Tensor, modulation: Tensor, text: Tensor, image: Tensor | None) -> State:
+        """Time and its modulations get an axis of tokens, of 1 where the shot has one timestep."""
+        batch, _, width = video.shape
+        time, modulation = time.reshape(batch, -1, width), modulation.reshape(batch, -1, 6, width)
+        conditioning = {"time": time, "modulation": modulation, "text": text}
+        if image is not None:
+            both = torch.cat([image, text], dim=1)  # then parts of it, as in the model: strides decide the last bits
+            conditioning |= {"image": both[:, :-_TEXT], "text": both[:, -_TEXT:]}
+        return State({"video": video}, conditioning)
 
     def qkv(self, block: Any, site: Site, state: State) -> QKV:
         """Of the video; or queries of the video, keys and values of the text."""
         video, attn, image = state.streams["video"], getattr(block, site.name), state.conditioning.get("image")
         if site.name == "attn1":
-            shift, scale, *_ = _chunks(block.scale_shift_table + state.conditioning["modulation"].float(), 6)
-            x = (block.norm1(video.float()) * (1 + scale) + shift).type_as(video)
-            return QKV(*project(attn, x, across_heads=True))
+            shift, scale, *_ = _modulations(block, state)
+            return QKV(*project(attn, _modulated(block.norm1, video, shift, scale), across_heads=True))
         x = block.norm2(video.float()).type_as(video)
         q, k, v = project(attn, x, state.conditioning["text"], across_heads=True)
         return QKV(q, k, v, None if image is None else _attend_image(attn, q, image))
@@ -100,28 +112,28 @@ class WanBackbone(DiffusersBackbone):
     def finish(self, block: Any, site: Site, state: State, attended: Tensor, aux: Any) -> dict[str, Tensor]:
         """The gate of the self-attention; or the text's output, and the MLP."""
         video, attn, out = state.streams["video"], getattr(block, site.name), attended.flatten(2)
-        parts = _chunks(block.scale_shift_table + state.conditioning["modulation"].float(), 6)
-        _, _, gate, shift, scale, mlp_gate = parts
+        _, _, gate, shift, scale, mlp_gate = _modulations(block, state)
         if site.name == "attn1":
             return {"video": (video.float() + project_out(attn, out) * gate).type_as(video)}
         video = video + project_out(attn, out if aux is None else out + aux)
-        x = (block.norm3(video.float()) * (1 + scale) + shift).type_as(video)
-        return {"video": (video.float() + block.ffn(x).float() * mlp_gate).type_as(video)}
+        mlp = block.ffn(_modulated(block.norm3, video, shift, scale))
+        return {"video": (video.float() + mlp.float() * mlp_gate).type_as(video)}
 
     def head(self, state: State) -> Tensor:
         """The final layer."""
-        video, time = state.streams["video"], state.conditioning["time"]
-        shift, scale = _chunks(self.model.scale_shift_table.to(time.device) + time.unsqueeze(-2), 2)
-        return self.model.proj_out((self.model.norm_out(video.float()) * (1 + scale) + shift).type_as(video))
+        shift, scale = (self.model.scale_shift_table + state.conditioning["time"].unsqueeze(-2)).unbind(-2)
+        return self.model.proj_out(_modulated(self.model.norm_out, state.streams["video"], shift, scale))
+
+
+def _modulations(block: Any, state: State) -> tuple[Tensor, ...]:
+    return (block.scale_shift_table + state.conditioning["modulation"].float()).unbind(-2)
+
+
+def _modulated(norm: nn.Module, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return (norm(x.float()) * (1 + scale) + shift).type_as(x)
 
 
 def _attend_image(attn: Any, q: Tensor, image: Tensor) -> Tensor:
     """Cross-attention to the image's tokens, which stays inside its shot."""
     k, v = attn.norm_added_k(attn.add_k_proj(image)), attn.add_v_proj(image)
     return dispatch_attention_fn(q, *(x.unflatten(2, (attn.heads, -1)) for x in (k, v))).flatten(2).type_as(q)
-
-
-def _chunks(modulation: Tensor, count: int) -> list[Tensor]:
-    """``[batch, count, width]``, or the same for every token, as ``count`` tensors ``[batch, 1 or tokens, width]``."""
-    parts = modulation.chunk(count, dim=-2)
-    return [x.squeeze(2) for x in parts] if modulation.ndim == 4 else list(parts)

@@ -58,7 +58,7 @@ def causal(
     done = dict(given or {})
     left = left_to_generate(scene, done, t_c, in_order=True)
     scene = with_dummy_video(scene, model.adapter)
-    texts = branches(scene, guidance)
+    texts, path = branches(scene, guidance), model.adapter.traits.path
     caches = [
         new_cache(model, capacity=sum(model.adapter.shot(shot).tokens for shot in branch if shot.latents is not None))
         for branch in texts
@@ -95,8 +95,8 @@ def causal(
                 cache.select(seen)
         noise = scene[i].latents
         if i in left:
-            (done[i],) = euler(partial(run, i), [noise], steps=steps, shots=[i], callback=callback)
+            (done[i],) = euler(partial(run, i), [noise], path=path, steps=steps, shots=[i], callback=callback)
             noise = history_noise(scene[i], i, seed).to(noise.dtype)
         if i != shots[-1]:
-            keep(i, [as_condition(model, done[i], noise, t_c)], t_c / 1000)
+            keep(i, [as_condition(model, scene[i], done[i], noise, t_c)], t_c / 1000)
     return [done.get(i) for i in range(len(scene))]

@@ -66,11 +66,13 @@ def left_to_generate(
     return left
 
 
-def as_condition(model: SceneModel | Experts, latents: Latents, noise: Latents, t_c: float) -> Latents:
-    """A clean shot at the noise level of a condition; in float32 at least."""
+def as_condition(model: SceneModel | Experts, shot: ShotInput, latents: Latents, noise: Latents, t_c: float) -> Latents:
+    """A clean shot at the noise level of a condition, but where it is clean anyway; in float32 at least."""
     level = torch.full((len(latents),), t_c / 1000, dtype=torch.float32)
     clean = wide(latents).to(noise.device)
-    return model.adapter.traits.path.add_noise(clean, noise.to(clean.dtype), level)
+    noised = model.adapter.traits.path.add_noise(clean, noise.to(clean.dtype), level)
+    noisy = model.adapter.noisy(shot)
+    return noised if noisy is None else torch.where(noisy.bool(), noised, clean)
 
 
 def history_noise(shot: ShotInput, i: int, seed: int) -> Latents:
@@ -119,10 +121,10 @@ def predict(
         else:
             assert not isinstance(cache, ExpertCache)
             outputs = model(scene, t, pattern=pattern, cache=cache)
-        said.append(
-            [
-                path.to_velocity(outputs[i].to(latents[i].dtype), latents[i], t[i].expand(len(latents[i])))
-                for i in active
-            ]
-        )
+        velocities = []
+        for i in active:
+            z, noisy = latents[i], model.adapter.noisy(scene[i])
+            velocity = path.to_velocity(outputs[i].to(z.dtype), z, t[i].expand(len(z)))
+            velocities.append(velocity if noisy is None else torch.where(noisy.bool(), velocity, 0))  # the rest stays
+        said.append(velocities)
     return said[0] if guidance is None or len(said) == 1 else guidance.combine(*said)

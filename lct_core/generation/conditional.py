@@ -52,13 +52,14 @@ def conditional(
     """
     active = left_to_generate(scene, given, t_c, in_order=pattern == "context_causal")
     texts = branches(scene, guidance)
-    held = {i: as_condition(model, latents, scene[i].latents, t_c) for i, latents in given.items()}
+    held = {i: as_condition(model, scene[i], latents, scene[i].latents, t_c) for i, latents in given.items()}
 
     def velocity(latents: list[Latents], t: float) -> list[Latents]:
         now = {**held, **dict(zip(active, latents, strict=True))}
         levels = [0.0 if shot.role == "global" else t_c / 1000 if i in held else t for i, shot in enumerate(scene)]
         return predict(model, texts, guidance, now, levels, active, pattern=pattern)
 
-    done = euler(velocity, [scene[i].latents for i in active], steps=steps, shots=active, callback=callback)
+    noise, path = [scene[i].latents for i in active], model.adapter.traits.path
+    done = euler(velocity, noise, path=path, steps=steps, shots=active, callback=callback)
     result = {**given, **dict(zip(active, done, strict=True))}
     return [result.get(i) for i in range(len(scene))]

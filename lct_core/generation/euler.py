@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lct_core.noise import Path, RectifiedFlow
+
 Latents = Float[Tensor, "batch channels frames height width"]
 Velocity = Callable[[list[Latents], float], Sequence[Latents]]
 
@@ -36,15 +38,17 @@ def euler(
     velocity: Velocity,
     noise: Sequence[Latents],
     *,
+    path: Path | None = None,
     steps: int = 32,
     shots: Sequence[int] | None = None,
     callback: Callback | None = None,
 ) -> list[Latents]:
-    """Follow the flow from noise, t = 1, to data, t = 0, in equal steps: z <- z - v / steps, in float32 at least.
+    """Follow the flow from noise, t = 1, to data, t = 0, in equal steps of the path, in float32 at least.
 
     Args:
         velocity: dz/dt of some shots that share the noise level t: ``velocity(latents, t)``.
         noise: Where each shot starts.
+        path: Whose steps they are (default: of the straight one, z <- z - v / steps).
         steps: Number of steps (paper, A.2: 32).
         shots: What a callback shall call these shots (default: 0, 1, 2, ...).
         callback: Called after every step.
@@ -57,13 +61,15 @@ def euler(
     """
     if steps < 1:
         raise ValueError(f"steps: got {steps}, expected at least 1")
+    path = path or RectifiedFlow()
     names = tuple(range(len(noise)) if shots is None else shots)
     latents = [wide(z) for z in noise]
     for i in range(steps):
-        change = velocity(latents, 1 - i / steps)
-        latents = [z - v / steps for z, v in zip(latents, change, strict=True)]
+        t, s = 1 - i / steps, 1 - (i + 1) / steps
+        change = velocity(latents, t)
+        latents = [path.step(z, v, t, s) for z, v in zip(latents, change, strict=True)]
         if callback is not None:
-            callback(Step(names, i + 1, steps, 1 - (i + 1) / steps, latents))
+            callback(Step(names, i + 1, steps, s, latents))
     return latents
 
 

@@ -393,9 +393,9 @@ class _Case:
     def _prompt(self, shot: ShotInput) -> ShotInput:
         """The shot's text as a global prompt, with the dummy video that it has where text is part of self-attention."""
         takes = self.adapter.traits.extras
-        extras = {name: x for name, x in shot.extras.items() if not takes[name].follows_latents}
+        extras = {n: x for n, x in shot.extras.items() if not (takes[n].image or takes[n].follows_latents)}
         if self.adapter.traits.text == "cross":
-            return ShotInput(text=shot.text, role="global")
+            return ShotInput(text=shot.text, extras=extras, role="global")
         dummy = torch.zeros_like(shot.latents[:, :, : self.adapter.traits.patch[0]])
         return ShotInput(latents=dummy, text=shot.text, extras=extras, role="global")
 

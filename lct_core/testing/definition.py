@@ -94,12 +94,14 @@ def _turns(
                     for x in range(width)
                 ]
                 both = text + video if adapter.traits.text_first else video + text
-                coords = torch.tensor(both, dtype=torch.float64) * unit
+                coords = torch.zeros(len(both), len(unit), dtype=torch.float64)  # 0 on axes of the model's own
+                coords[:, :3] = torch.tensor(both, dtype=torch.float64).reshape(-1, 3) * unit[:3]
                 origin = start + max(shot.grid)
             else:
                 own = adapter.coordinates(given, shot)
                 coords = own + origin * unit
-                origin += 1 + int(torch.ceil((own / unit).max() - 1e-3)) if len(own) else 0  # coordinates are rounded
+                steps = own[:, unit != 0] / unit[unit != 0]
+                origin += 1 + int(torch.ceil(steps.max() - 1e-3)) if len(own) else 0  # coordinates are rounded
             angles.append(adapter.rope(coords))
     return angles
 

@@ -14,26 +14,31 @@ TINY = {
     "num_layers": 2,
     "rope_max_seq_len": 32,
 }
+CLIP = {"in_channels": 9, "image_dim": 20, "added_kv_proj_dim": 24}  # 1 channel of mask, 4 of latents
 
 
 def wan(**config):
     return random_model(WanTransformer3DModel, **{**TINY, **config})
 
 
+def case(name, *, axes=(4, 4, 4), without=("timestep_mask",), **config):
+    """Where there are CLIP tokens, the keys of a cross-attention are not text alone."""
+    return Case(
+        name=f"wan, {name}",
+        model=lambda: wan(**config),
+        joined=lambda model: [block.attn1 for block in model.blocks],
+        text=None if "image_dim" in config else lambda model: [block.attn2 for block in model.blocks],
+        diagonal=series(*axes),
+        without=without,
+    )
+
+
 CASES = [
-    Case(
-        name="wan, text to video",
-        model=wan,
-        joined=lambda model: [block.attn1 for block in model.blocks],
-        text=lambda model: [block.attn2 for block in model.blocks],
-        diagonal=series(4, 4, 4),
-        without=("timestep_mask",),
-    ),
-    Case(
-        name="wan, TI2V: timesteps of tokens",
-        model=wan,
-        joined=lambda model: [block.attn1 for block in model.blocks],
-        text=lambda model: [block.attn2 for block in model.blocks],
-        diagonal=series(4, 4, 4),
-    ),
+    case("text to video"),
+    case("norm of cross-attention off, axes unequal", axes=(6, 4, 4), cross_attn_norm=False, attention_head_dim=14),
+    case("TI2V: timesteps of tokens", without=()),
+    case("I2V A14B: channels of the image", in_channels=9),
+    case("I2V: CLIP tokens", **CLIP),
+    case("I2V: CLIP tokens and timesteps of tokens", without=(), **CLIP),
+    case("FLF2V: CLIP tokens of two images", pos_embed_seq_len=6, **CLIP),
 ]

@@ -1,0 +1,108 @@
+"""FLUX.1 as diffusers ships it: text to image; here, storyboards, a frame for every shot.
+
+Dual-stream blocks, then single-stream ones whose MLP runs beside their attention; text is joined to self-attention,
+text first. RoPE turns all tokens, text at the origin and images at ``(0, row, column)``: 16, 56 and 56 of 128 channels,
+float64 angles. So shots that move along the diagonal also move along the first axis, where FLUX.1 Kontext has its
+reference images.
+
+- Latents are 16 channels, as the VAE gives them; four of them, 2 x 2, make a token, which the pipelines call packing.
+- ``pooled_projections``, CLIP's pooled prompt, is added to the time; in a model distilled for guidance (FLUX.1 dev and
+  its kin), so is ``guidance``, one number for every entry of the batch, 3.5 by default in the pipeline.
+- ``text`` are T5's tokens, padding included: the model takes no mask.
+- FLUX.1 Fill and the Control models take more channels, the ``condition``: 16 of a control image; or 16 of a masked
+  image and 64 of its mask, 8 x 8 pixels.
+- Time goes from 0, clean, to 1, noise.
+
+Not served: Kontext's reference images, which are further tokens of a shot, ControlNets, and an IP-Adapter. Redux is a
+text of its own.
+
+Sources: Black Forest Labs, FLUX.1 Kontext, arXiv 2506.15742;
+``diffusers.models.transformers.transformer_flux`` and ``pipelines.flux``.
+"""
+
+from typing import Any, ClassVar
+
+import torch
+from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock
+from einops import rearrange
+from torch import Tensor
+
+from lct_backbones._diffusers import joined, project, project_added, project_out
+from lct_backbones._images import ImageBackbone, check_packed, gated_mlp, within_half
+from lct_core import QKV, Extra, ShotInput, Site, State, Traits, axis_frequencies
+
+
+class FluxBackbone(ImageBackbone):
+    """The adapter of ``FluxTransformer2DModel``."""
+
+    processors: ClassVar[tuple[str, ...]] = ("FluxAttnProcessor",)
+    stacks = ("transformer_blocks", "single_transformer_blocks")
+    patches = "(c t h w)"
+
+    def describe(self, config: Any) -> Traits:
+        """Four latents make a token, which is what the model counts as channels."""
+        check_packed(config)
+        tokens, channels = self.model.config.in_channels // 4, self.model.out_channels // 4
+        self.frequencies = axis_frequencies(config.axes_dims_rope, theta=self.model.pos_embed.theta)
+        extras = {"pooled_projections": Extra((config.pooled_projection_dim,), required=True)}
+        if config.guidance_embeds:
+            extras["guidance"] = Extra((), required=True)
+        return self.common(
+            config,
+            latent_channels=channels,
+            patch=(1, 2, 2),
+            text_width=config.joint_attention_dim,
+            text="joint",
+            timesteps=(0.0, 1.0),
+            extras={**extras, **self.condition(tokens - channels)},
+        )
+
+    def arguments(self, inputs: ShotInput, timestep: Tensor) -> dict[str, Any]:
+        """Tokens, and where they are."""
+        given, shot, (_, h, w) = super().arguments(inputs, timestep), self.shot(inputs), self.traits.patch
+        packed = rearrange(given["hidden_states"], "b c (y h) (x w) -> b (y x) (c h w)", h=h, w=w)
+        places = self.coordinates(inputs, shot).to(packed.device)
+        return {**given, "hidden_states": packed, "txt_ids": places[: shot.text], "img_ids": places[shot.text :]}
+
+    def single_shot(self, inputs: ShotInput, timestep: Tensor) -> Tensor:
+        """The model's own forward, its tokens as a frame."""
+        return self.unpatchify(super().single_shot(inputs, timestep), self.shot(inputs))
+
+    def encode(self, inputs: ShotInput, timestep: Tensor) -> State:
+        """Tokens of both streams; the time with guidance and the pooled prompt."""
+        given = self.arguments(inputs, timestep)
+        video = self.model.x_embedder(given["hidden_states"])
+        scales = [given[name].to(video.dtype) * 1000 for name in ("timestep", "guidance") if name in given]
+        time = self.model.time_text_embed(*scales, given["pooled_projections"])
+        return State({"text": self.model.context_embedder(inputs.text), "video": video}, {"time": time})
+
+    def qkv(self, block: Any, site: Site, state: State) -> QKV:
+        """Of both streams, text first; in a single-stream block, of both as one, and its MLP."""
+        text, video, time = state.streams["text"], state.streams["video"], state.conditioning["time"]
+        if isinstance(block, FluxSingleTransformerBlock):
+            x, gate = block.norm(torch.cat([text, video], dim=1), emb=time)
+            return QKV(*project(block.attn, x), (gate[:, None], block.act_mlp(block.proj_mlp(x))))
+        words, *of_text = block.norm1_context(text, emb=time)
+        x, *of_video = block.norm1(video, emb=time)
+        heads = joined(project_added(block.attn, words), project(block.attn, x))
+        return QKV(*heads, tuple(part[:, None] for part in (*of_text, *of_video)))
+
+    def finish(self, block: Any, site: Site, state: State, attended: Tensor, aux: Any) -> dict[str, Tensor]:
+        """Both streams."""
+        text, video, out = state.streams["text"], state.streams["video"], attended.flatten(2)
+        lengths = [text.shape[1], video.shape[1]]
+        if isinstance(block, FluxSingleTransformerBlock):
+            gate, mlp = aux
+            x = torch.cat([text, video], dim=1) + gate * block.proj_out(torch.cat([out, mlp], dim=2))
+            text, video = within_half(x).split(lengths, dim=1)
+            return {"text": text, "video": video}
+        (text_gate, *of_text), (gate, *of_video) = aux[:4], aux[4:]
+        of_words, of_image = (x.contiguous() for x in out.split(lengths, dim=1))
+        text = text + text_gate * block.attn.to_add_out(of_words)
+        video = video + gate * project_out(block.attn, of_image)
+        text = within_half(gated_mlp(text, block.norm2_context, block.ff_context, *of_text))
+        return {"text": text, "video": gated_mlp(video, block.norm2, block.ff, *of_video)}
+
+    def head(self, state: State) -> Tensor:
+        """The final layer."""
+        return self.model.proj_out(self.model.norm_out(state.streams["video"], state.conditioning["time"]))

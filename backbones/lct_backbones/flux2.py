@@ -1,0 +1,103 @@
+"""FLUX.2 as diffusers ships it: text to image; here, storyboards, a frame for every shot.
+
+As FLUX.1, dual-stream blocks and then single-stream ones, text first, but all blocks of a kind share their modulation,
+and a single-stream block projects its queries, keys, values and MLP at once. There is no pooled prompt.
+
+- Coordinates have four axes: an image's tokens stand at ``(0, row, column, 0)``, those of its text at ``(0, 0, 0, i)``;
+  32 of 128 channels for each, theta 2000, float64 angles. A shot moves along the first three, where reference images
+  would stand too, and not along the fourth: every text is read from 0, and its length moves nothing. In the ``"paper"``
+  scheme, text stands on the diagonal instead, and at 0 on the fourth axis.
+- Latents are the VAE's 32 channels of 2 x 2 latents, patchified and normalized: 128 channels, one token each.
+- ``guidance``, in a model that is distilled for it, is one number for every entry of the batch, 4 by default in the
+  pipeline.
+- ``text`` are the encoder's tokens, padding included: the model takes no mask.
+- Time goes from 0, clean, to 1, noise.
+
+Not served: reference images, which are further tokens of a shot, and with them the key-value cache of Klein.
+
+Sources: ``diffusers.models.transformers.transformer_flux2`` and ``pipelines.flux2``.
+"""
+
+from typing import Any
+
+import torch
+from diffusers.models.transformers.transformer_flux2 import Flux2SingleTransformerBlock
+from torch import Tensor
+from torch.nn import functional as F
+
+from lct_backbones._diffusers import joined, project, project_added, project_out
+from lct_backbones._images import check_packed, gated_mlp, within_half
+from lct_backbones.flux import FluxBackbone
+from lct_core import QKV, Extra, Shot, ShotInput, Site, State, Traits, axis_frequencies
+
+
+class Flux2Backbone(FluxBackbone):
+    """The adapter of ``Flux2Transformer2DModel``."""
+
+    processors = ("Flux2AttnProcessor", "Flux2ParallelSelfAttnProcessor")
+
+    def describe(self, config: Any) -> Traits:
+        """Four axes, of which shots move along three."""
+        check_packed(config)
+        self.frequencies = axis_frequencies(config.axes_dims_rope, theta=config.rope_theta)
+        guidance = {"guidance": Extra((), required=True)} if config.guidance_embeds else {}
+        return self.common(
+            config,
+            patch=(1, 1, 1),
+            text_width=config.joint_attention_dim,
+            text="joint",
+            unit=(1.0, 1.0, 1.0, 0.0),
+            timesteps=(0.0, 1.0),
+            extras={**guidance, **self.condition(config.in_channels - self.model.out_channels)},
+        )
+
+    def coordinates(self, inputs: ShotInput, shot: Shot) -> Tensor:
+        """Text one after the other on an axis of its own."""
+        places = F.pad(super().coordinates(inputs, shot), (0, 1))
+        places[: shot.text, 3] = torch.arange(shot.text)
+        return places
+
+    def encode(self, inputs: ShotInput, timestep: Tensor) -> State:
+        """Tokens of both streams; the time with guidance, and the modulations that it gives all blocks."""
+        model, given = self.model, self.arguments(inputs, timestep)
+        video = given["hidden_states"]
+        time, guidance = (
+            given[name].to(video.dtype) * 1000 if name in given else None for name in ("timestep", "guidance")
+        )
+        time = model.time_guidance_embed(time, guidance)
+        streams = {"text": model.context_embedder(inputs.text), "video": model.x_embedder(video)}
+        kinds = {"of_text": model.double_stream_modulation_txt, "of_video": model.double_stream_modulation_img}
+        kinds["of_both"] = model.single_stream_modulation
+        return State(streams, {"time": time, **{kind: by(time)[:, None] for kind, by in kinds.items()}})
+
+    def qkv(self, block: Any, site: Site, state: State) -> QKV:
+        """Of both streams, text first; in a single-stream block, of both as one, and its MLP."""
+        text, video, by = state.streams["text"], state.streams["video"], state.conditioning
+        if isinstance(block, Flux2SingleTransformerBlock):
+            shift, scale, _ = by["of_both"].chunk(3, dim=-1)
+            attn, x = block.attn, (1 + scale) * block.norm(torch.cat([text, video], dim=1)) + shift
+            *heads, mlp = attn.to_qkv_mlp_proj(x).split([attn.inner_dim] * 3 + [2 * attn.mlp_hidden_dim], dim=-1)
+            q, k, v = (part.unflatten(2, (attn.heads, -1)) for part in heads)
+            return QKV(attn.norm_q(q), attn.norm_k(k), v, mlp)
+        shift, scale, *_ = by["of_text"].chunk(6, dim=-1)
+        words = (1 + scale) * block.norm1_context(text) + shift
+        shift, scale, *_ = by["of_video"].chunk(6, dim=-1)
+        x = (1 + scale) * block.norm1(video) + shift
+        return QKV(*joined(project_added(block.attn, words), project(block.attn, x)))
+
+    def finish(self, block: Any, site: Site, state: State, attended: Tensor, aux: Any) -> dict[str, Tensor]:
+        """Both streams."""
+        text, video, by, out = state.streams["text"], state.streams["video"], state.conditioning, attended.flatten(2)
+        lengths = [text.shape[1], video.shape[1]]
+        if isinstance(block, Flux2SingleTransformerBlock):
+            _, _, gate = by["of_both"].chunk(3, dim=-1)
+            out = block.attn.to_out(torch.cat([out, block.attn.mlp_act_fn(aux)], dim=-1))
+            text, video = within_half(torch.cat([text, video], dim=1) + gate * out).split(lengths, dim=1)
+            return {"text": text, "video": video}
+        of_words, of_image = out.split(lengths, dim=1)
+        _, _, gate, *of_text = by["of_text"].chunk(6, dim=-1)
+        text = text + gate * block.attn.to_add_out(of_words)
+        text = within_half(gated_mlp(text, block.norm2_context, block.ff_context, *of_text))
+        _, _, gate, *of_video = by["of_video"].chunk(6, dim=-1)
+        video = video + gate * project_out(block.attn, of_image)
+        return {"text": text, "video": gated_mlp(video, block.norm2, block.ff, *of_video)}
