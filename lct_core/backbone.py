@@ -17,7 +17,7 @@ from lct_core.coordinates import shot_coordinates
 from lct_core.layout import Role, Shot
 from lct_core.masks import AttentionPlan
 from lct_core.noise import Path, RectifiedFlow
-from lct_core.rope import Pairing, Rotation, rotate
+from lct_core.rope import Pairing, Rotation, rotate, rotation
 
 TextPath = Literal["joint", "cross"]
 Joint = Literal["joined", "own_shot", "text"]
@@ -171,6 +171,7 @@ class Traits:
         latent_channels: Channels of the latents.
         patch: Latent frames, rows and columns that make one token.
         text_width: Channels of the encoded prompt.
+        text_tokens: Least and most tokens of a prompt, padding included where the model attends to it; None for any.
         heads: Number of query heads.
         kv_heads: Number of key and value heads.
         head_dim: Channels of a head.
@@ -194,6 +195,7 @@ class Traits:
     head_dim: int
     text: TextPath
     text_first: bool = True
+    text_tokens: tuple[int, int | None] = (0, None)
     pairing: Pairing | None = "interleaved"
     unit: tuple[float, ...] = (1.0, 1.0, 1.0)
     timesteps: tuple[float, float] = (0.0, 1000.0)
@@ -276,6 +278,13 @@ class Backbone(ABC):
             "adapter must give angles; a model without RoPE has pairing=None"
         )
 
+    def rotation(self, coords: Float[Tensor, "tokens axes"], *, dtype: torch.dtype) -> Rotation:
+        """Cosines and sines at native coordinates (default: of :meth:`rope`'s angles); override where the model's own
+        are other than ``cos`` and ``sin`` of these, to the last bit.
+        """
+        assert self.traits.pairing is not None
+        return rotation(self.rope(coords), pairing=self.traits.pairing, dtype=dtype)
+
     def rotate(self, x: Float[Tensor, "batch tokens heads head_dim"], by: Rotation) -> Tensor:
         """Queries or keys, turned (default: as :func:`lct_core.rotate`); override where the model rounds otherwise."""
         return rotate(x, by)
@@ -308,6 +317,13 @@ class Backbone(ABC):
                 f"text: got {describe(text)}, expected [{len(latents)}, tokens, {traits.text_width}]: "
                 "one encoded prompt for every entry of the batch"
             )
+        least, most = traits.text_tokens
+        if text.shape[1] < least or (most is not None and text.shape[1] > most):
+            wanted = f"{least}" if most == least else f"{least} or more" if most is None else f"{least} to {most}"
+            raise ValueError(
+                f"text: got {text.shape[1]} tokens, expected {wanted}; encode and pad the prompt as the model's own "
+                "pipeline does, an empty prompt too"
+            )
         if any(size % patch or not size for size, patch in zip(latents.shape[2:], traits.patch, strict=True)):
             raise ValueError(
                 f"latents: got frames, height, width {tuple(latents.shape[2:])}, expected positive multiples "
@@ -325,7 +341,9 @@ class Backbone(ABC):
         """
         size = [count * patch for count, patch in zip(shot.grid, self.traits.patch, strict=True)]
         latents = torch.randn(batch, self.traits.latent_channels, *size, generator=generator)
-        text = torch.randn(batch, shot.text, self.traits.text_width, generator=generator)
+        least, most = self.traits.text_tokens
+        tokens = max(least, shot.text if most is None else min(shot.text, most))
+        text = torch.randn(batch, tokens, self.traits.text_width, generator=generator)
         extras = {
             name: torch.rand(batch, *self._extra_shape(extra, latents), generator=generator).to(dtype)
             for name, extra in self.traits.extras.items()
@@ -334,7 +352,7 @@ class Backbone(ABC):
         return ShotInput(latents=latents.to(dtype), text=text.to(dtype), extras=extras, role=shot.role)
 
     def noisy(self, inputs: ShotInput) -> Tensor | None:
-        """Where a shot's latents are at its noise level, 1, and where they are a clean condition, 0; None: all are noisy.
+        """Where a shot's latents are at its noise level, 1, and where a clean condition, 0 (None: nowhere).
 
         ``[batch, 1, frames or 1, height or 1, width or 1]``.
 
@@ -388,7 +406,7 @@ class Backbone(ABC):
         missing = [
             name
             for name, extra in takes.items()
-            if extra.required and name not in inputs.extras
+            if extra.required and name not in inputs.extras and name != self.traits.text_mask  # cut off by then
             if inputs.role == "shot" or not (extra.image or extra.follows_latents)
         ]
         if missing:

@@ -21,7 +21,9 @@ from lct_core.coordinates import Scheme, check_scheme, extent, measured_extent, 
 from lct_core.layout import Layout, Range, Role
 from lct_core.masks import PATTERNS, AttentionPlan, Pattern
 from lct_core.plugins import registry
-from lct_core.rope import Rotation, rotation
+from lct_core.rope import Rotation
+
+_KINDS = 256  # of blocks, sites and shapes of shots that are compiled for
 
 Scene = Sequence[ShotInput]
 TextScope = Literal["own", "own_and_global", "all"]
@@ -311,11 +313,10 @@ class _Call:
         }
 
     def _rotation(self, coords: Tensor, given: ShotInput) -> Rotation | None:
-        pairing, latents = self.adapter.traits.pairing, given.latents
-        if pairing is None:
+        if self.adapter.traits.pairing is None:
             return None
-        angles = self.adapter.rope(coords.to(latents.device))
-        return rotation(angles, pairing=pairing, dtype=torch.promote_types(latents.dtype, torch.float32))
+        device, dtype = given.latents.device, torch.promote_types(given.latents.dtype, torch.float32)
+        return self.adapter.rotation(coords.to(device), dtype=dtype)
 
     def _diagonal(self, device: torch.device) -> Tensor | None:
         """The angles of one step along the diagonal, by which a cached shot is moved."""
@@ -425,8 +426,18 @@ def _finish(
 
 @functools.cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function under ``torch.compile``: here, and not on a model, so that models can be copied and pickled."""
-    return torch.compile(function, dynamic=True)
+    """A function under ``torch.compile``: here, and not on a model, so that models can be copied and pickled.
+
+    All sites of all models share it, and torch would give up on it after eight kinds.
+    """
+    compiled = torch.compile(function, dynamic=True)
+
+    @functools.wraps(function)
+    def run(*args: Any) -> Any:
+        with torch._dynamo.config.patch(recompile_limit=_KINDS):
+            return compiled(*args)
+
+    return run
 
 
 def _without_video(state: State) -> State:

@@ -16,8 +16,8 @@ EXTRAS = {
     "mask": Extra(("tokens",)),
     "pooled": Extra((7,), required=True),
     "image": Extra((4, "frames", "height", "width"), required=True, image=True),
-    "first": Extra((3, 1, "height", "width"), image=True),
-    "clip": Extra(("patches", 6), image=True),
+    "first": Extra((3, 1, "height", "width"), required=True),
+    "clip": Extra(("patches", 6), required=True, image=True),
     "fps": Extra(None),
 }
 LATENTS = (2, 3, 3, 4, 6)
@@ -117,9 +117,9 @@ def test_unknown_extras_are_refused():
 
 @pytest.mark.parametrize("role", ["shot", "global"])
 @pytest.mark.parametrize("left_out", EXTRAS)
-def test_a_shot_needs_what_is_required_and_a_prompt_does_not(role, left_out):
+def test_a_shot_needs_what_is_required_and_a_prompt_only_what_is_no_image(role, left_out):
     given = shot(role, **{name: x for name, x in fitting().items() if name != left_out})
-    if EXTRAS[left_out].required and role == "shot":
+    if left_out == "pooled" or (EXTRAS[left_out].required and role == "shot"):
         axes = ", ".join(map(str, ("batch", *EXTRAS[left_out].shape)))
         with pytest.raises(ValueError, match=rf"^extras: got .*, but this Toy also needs {left_out} \[{axes}\]; pass"):
             demanding().shot(given)
@@ -154,9 +154,10 @@ def test_a_prompt_without_video_where_text_is_cross_attended(text):
 
 def test_a_prompts_image_conditions_are_zero():
     adapter = demanding()
-    prepared = adapter.prepare(shot("global", fps=24.0)).extras
+    pooled = torch.ones(2, 7)
+    prepared = adapter.prepare(shot("global", fps=24.0, pooled=pooled)).extras
     follow = {name: torch.zeros(FITTING[name]) for name in ("image", "first")}
-    assert set(prepared) == {*follow, "fps"}
+    assert set(prepared) == {*follow, "fps", "pooled"}
     assert all(torch.equal(prepared[name], x) for name, x in follow.items())
     adapter.shot(replace(shot("global"), extras=prepared))
     given = torch.ones(FITTING["image"])

@@ -494,7 +494,7 @@ def factories(tmp_path, request):
         ("{}:fails", "{}:fails() raised RuntimeError: no luck"),
         ("{}:takes", "{}:takes() raised TypeError: takes() missing 1 required positional argument: 'one'"),
         ("{}:nothing", "{}:nothing() returned a NoneType, expected a model (nn.Module) or an adapter"),
-        ("{}:linear", "no backbone handles torch.nn.modules.linear.Linear; there are: mmdit: "),
+        ("{}:linear", "no backbone handles torch.nn.modules.linear.Linear; there are: cogvideox: "),
     ],
 )
 def test_no_factory(factories, capsys, factory, words):

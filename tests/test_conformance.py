@@ -8,7 +8,7 @@ import torch
 
 import lct_core as lct
 from lct_backbones.mmdit import MMDiT, MMDiTBackbone, tiny
-from lct_core import masks, scene_model
+from lct_core import backbone, masks, scene_model
 from lct_core.masks import AttentionPlan, Segment
 from lct_core.testing.conformance import Finding, conformance
 from lct_core.testing.tolerances import BOUNDS, Bound, error
@@ -328,9 +328,9 @@ def test_a_shot_without_its_place_is_reported(monkeypatch, dtype):
 
 
 def test_a_rotation_in_bfloat16_is_reported(monkeypatch):
-    rotate = scene_model.rotate
+    rotate = backbone.rotate
     monkeypatch.setattr(
-        scene_model,
+        backbone,
         "rotate",
         lambda x, by: rotate(x, by._replace(cos=by.cos.bfloat16().float(), sin=by.sin.bfloat16().float())),
     )

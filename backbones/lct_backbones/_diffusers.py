@@ -9,7 +9,7 @@ from diffusers.models.attention import AttentionModuleMixin
 from einops import rearrange
 from torch import Tensor, nn
 
-from lct_core import Backbone, Shot, ShotInput, Traits, angles
+from lct_core import Backbone, Extra, Shot, ShotInput, State, Traits, angles
 
 Heads = tuple[Tensor, Tensor, Tensor]
 """Queries, keys and values, ``[batch, tokens, heads, head_dim]``."""
@@ -38,9 +38,14 @@ class DiffusersBackbone(Backbone):
 
     def common(self, config: Any, **traits: Any) -> Traits:
         """Traits whose values most configurations give under the same names."""
-        heads = config.num_attention_heads
-        shared = {"heads": heads, "kv_heads": heads, "head_dim": config.attention_head_dim}
-        return Traits(**{"latent_channels": config.out_channels or config.in_channels, **shared, **traits})
+        heads, channels = config.num_attention_heads, config.get("out_channels") or config.in_channels
+        shared = {"latent_channels": channels, "heads": heads, "kv_heads": heads, "head_dim": config.attention_head_dim}
+        return Traits(**{**shared, **traits})
+
+    def condition(self, channels: int, *, required: bool = True) -> dict[str, Extra]:
+        """The extra for image channels that the model takes behind those of the latents, where there are any."""
+        shape = (channels, "frames", "height", "width")
+        return {"condition": Extra(shape, required=required, image=True)} if channels else {}
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
@@ -52,17 +57,21 @@ class DiffusersBackbone(Backbone):
         return angles(coords, self.frequencies)
 
     def arguments(self, inputs: ShotInput, timestep: Tensor) -> dict[str, Any]:
-        """What the model's own forward takes for a shot, by name."""
-        return {
-            "hidden_states": inputs.latents,
-            "timestep": timestep,
-            "encoder_hidden_states": inputs.text,
-            **inputs.extras,
-        }
+        """What the model's own forward takes for a shot, by name: the condition joined to the latents, a text mask."""
+        extras, latents, text = dict(inputs.extras), inputs.latents, inputs.text
+        if "condition" in extras:
+            latents = torch.cat([latents, extras.pop("condition")], dim=1)
+        if self.traits.text_mask is not None:
+            extras.setdefault(self.traits.text_mask, text.new_ones(text.shape[:2], dtype=torch.bool))
+        return {"hidden_states": latents, "timestep": timestep, "encoder_hidden_states": text, **extras}
 
     def single_shot(self, inputs: ShotInput, timestep: Tensor) -> Tensor:
         """The model's own forward."""
         return self.model(**self.arguments(inputs, timestep), return_dict=False)[0]
+
+    def head(self, state: State) -> Tensor:
+        """The final layer, modulated by the time."""
+        return self.model.proj_out(self.model.norm_out(state.streams["video"], state.conditioning["time"]))
 
     def unpatchify(self, tokens: Tensor, shot: Shot) -> Tensor:
         """Patches to latents."""
@@ -135,6 +144,11 @@ def joined(first: Heads, second: Heads) -> Heads:
 def project_out(attn: Any, x: Tensor) -> Tensor:
     """The output projection, with its dropout."""
     return attn.to_out[1](attn.to_out[0](x))
+
+
+def gated_mlp(x: Tensor, norm: nn.Module, mlp: nn.Module, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
+    """A modulated and gated MLP, added to its input; modulation is ``[batch, 1 or tokens, width]``."""
+    return x + gate * mlp(norm(x) * (1 + scale) + shift)
 
 
 def token_timesteps(timestep: Tensor, mask: Tensor, patch: tuple[int, int, int]) -> Tensor:

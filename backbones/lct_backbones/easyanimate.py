@@ -67,20 +67,19 @@ class EasyAnimateBackbone(DiffusersBackbone):
 
     def arguments(self, inputs: ShotInput, timestep: Tensor) -> dict[str, Any]:
         """The condition under one of its two names."""
-        given = super().arguments(inputs, timestep)
-        return {"inpaint_latents": given.pop("condition", None), **given}
+        extras = dict(inputs.extras)
+        condition = extras.pop("condition", None)
+        return {**super().arguments(replace(inputs, extras=extras), timestep), "inpaint_latents": condition}
 
     def encode(self, inputs: ShotInput, timestep: Tensor) -> State:
         """Patches, frame by frame; text of both encoders; time."""
-        model, latents, extras = self.model, inputs.latents, inputs.extras
+        model, latents = self.model, super().arguments(inputs, timestep)["hidden_states"]
         time = model.time_embedding(model.time_proj(timestep).to(latents.dtype))
-        if "condition" in extras:
-            latents = torch.cat([latents, extras["condition"]], dim=1)
         frames = model.proj(latents.permute(0, 2, 1, 3, 4).flatten(0, 1)).unflatten(0, (len(latents), -1))
         video = frames.permute(0, 2, 1, 3, 4).flatten(2).transpose(1, 2)
         text = model.text_proj(inputs.text)
-        if _T5 in extras:
-            text = torch.cat([text, model.text_proj_t5(extras[_T5])], dim=1)
+        if _T5 in inputs.extras:
+            text = torch.cat([text, model.text_proj_t5(inputs.extras[_T5])], dim=1)
         return State({"text": text, "video": video}, {"time": time})
 
     def qkv(self, block: Any, site: Site, state: State) -> QKV:

@@ -27,8 +27,8 @@ from diffusers.models.transformers.transformer_flux import FluxSingleTransformer
 from einops import rearrange
 from torch import Tensor
 
-from lct_backbones._diffusers import joined, project, project_added, project_out
-from lct_backbones._images import ImageBackbone, check_packed, gated_mlp, within_half
+from lct_backbones._diffusers import gated_mlp, joined, project, project_added, project_out
+from lct_backbones._images import ImageBackbone, check_packed, within_half
 from lct_core import QKV, Extra, ShotInput, Site, State, Traits, axis_frequencies
 
 

@@ -25,8 +25,8 @@ from diffusers.models.transformers.transformer_flux2 import Flux2SingleTransform
 from torch import Tensor
 from torch.nn import functional as F
 
-from lct_backbones._diffusers import joined, project, project_added, project_out
-from lct_backbones._images import check_packed, gated_mlp, within_half
+from lct_backbones._diffusers import gated_mlp, joined, project, project_added, project_out
+from lct_backbones._images import check_packed, within_half
 from lct_backbones.flux import FluxBackbone
 from lct_core import QKV, Extra, Shot, ShotInput, Site, State, Traits, axis_frequencies
 

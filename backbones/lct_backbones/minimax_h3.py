@@ -29,8 +29,7 @@ from diffusers.modular_pipelines.minimax_h3.before_denoise import MiniMaxH3Prepa
 from einops import rearrange
 from torch import Tensor, nn
 
-from lct_backbones._diffusers import DiffusersBackbone, project, project_out
-from lct_backbones._images import gated_mlp
+from lct_backbones._diffusers import DiffusersBackbone, gated_mlp, project, project_out
 from lct_core import QKV, RectifiedFlow, Shot, ShotInput, Site, State, Traits, axis_frequencies
 
 _KINDS = ("video", "text", "sound")  # of rows, in the order of their modulations

@@ -25,8 +25,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from lct_backbones._diffusers import joined, project, project_added, project_out
-from lct_backbones._images import ImageBackbone, gated_mlp, within_half
+from lct_backbones._diffusers import gated_mlp, joined, project, project_added, project_out
+from lct_backbones._images import ImageBackbone, within_half
 from lct_core import QKV, Extra, Shot, ShotInput, Site, State, Traits, axis_frequencies
 
 

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lct_backbones._diffusers import joined, project, project_added, project_out
-from lct_backbones._images import ImageBackbone, gated_mlp
+from lct_backbones._diffusers import gated_mlp, joined, project, project_added, project_out
+from lct_backbones._images import ImageBackbone
 from lct_core import QKV, Extra, Shot, ShotInput, Site, State, Traits
 
 
