@@ -8,6 +8,7 @@ from diffusers import CogVideoXDDIMScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lct_core.generation.euler import euler
 from lct_core.layout import Layout, Shot
 from lct_core.noise import (
     Path,
@@ -168,6 +169,23 @@ class TestVariancePreserving:
             gaps.append((euler - ddim).abs().max() / ddim.abs().max())
         assert gaps[1] < 2e-3
         assert gaps[1] < 0.55 * gaps[0]
+
+    @pytest.mark.parametrize("shift", [3.0, 1.0])
+    @pytest.mark.parametrize("steps", [1, 8, 50])
+    def test_sampling_is_ddim(self, shift, steps):
+        made, (_, noise) = scheduler(shift), latents(dtype=torch.float64)
+        path = VariancePreserving(made.alphas_cumprod)
+        made.set_timesteps(steps)
+        expected = noise
+        for n in made.timesteps.tolist():
+            expected, _ = made.step(torch.sin(3 * expected) - expected, n, expected, return_dict=False)
+
+        def velocity(states, t):
+            (z,) = states
+            return [path.to_velocity(torch.sin(3 * z) - z, z, torch.full((len(z),), t, dtype=torch.float64))]
+
+        (got,) = euler(velocity, [noise], path=path, steps=steps)
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-9)
 
     def test_low_precision_is_rounded_once(self):
         z0, noise = latents(dtype=torch.bfloat16)

@@ -459,39 +459,16 @@ def lct_backbones() -> list[BackboneSpec]:
             ),
         ),
         BackboneSpec(
-            name="kandinsky6",
-            summary="Kandinsky 6: its video stream, text and image to video",
-            handles=(f"{_DIFFUSERS}.transformer_kandinsky6.Kandinsky6Transformer3DModel",),
-            adapter="lct_backbones.kandinsky6:Kandinsky6Backbone",
-            tested_with="diffusers 0.42",
-            refuses={
-                f"{_DIFFUSERS}.transformer_kandinsky.Kandinsky5Transformer3DModel": (
-                    "it rounds turned queries and keys to bfloat16 in every dtype, so that a shot moved along the "
-                    "diagonal differs from what it was, which it must not in float32"
-                ),
-                f"{_DIFFUSERS}.transformer_kandinsky6_sr.Kandinsky6SRTransformer3DModel": (
-                    "it enlarges finished videos and takes no text; use it on every shot by itself, behind the scene"
-                ),
-            },
-            support=(
-                Support(
-                    models="Kandinsky 6, its video stream",
-                    text="cross",
-                    positions="3D RoPE, 32/48/48, rows and columns halved, fp32",
-                    path="rectified flow, velocity",
-                    time="0 to 1000",
-                    images="image, as one more frame of tokens",
-                    tested="T2V, I2V at tiny sizes",
-                ),
-            ),
-        ),
-        BackboneSpec(
             name="easyanimate",
             summary="EasyAnimate 5.1: joint text, text to video, inpainting, control",
             handles=(f"{_DIFFUSERS}.transformer_easyanimate.EasyAnimateTransformer3DModel",),
             adapter="lct_backbones.easyanimate:EasyAnimateBackbone",
             tested_with="diffusers 0.42",
             refuses={
+                f"{_DIFFUSERS}.transformer_kandinsky.Kandinsky5Transformer3DModel": (
+                    "it rounds turned queries and keys to bfloat16 in every dtype, so that a shot moved along the "
+                    "diagonal differs from what it was, which it must not in float32"
+                ),
                 f"{_DIFFUSERS}.transformer_motif_video.MotifVideoTransformer3DModel": (
                     "in its decoder blocks a shot attends to the tokens of a video twice, with positions and without, "
                     "while here every token is there once"
