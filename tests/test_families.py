@@ -1,6 +1,7 @@
 """Every backbone family: its real classes, at tiny random sizes, against their own forward and against the oracle."""
 
 import os
+import re
 from dataclasses import replace
 from importlib import import_module
 from itertools import accumulate
@@ -11,7 +12,7 @@ import pytest
 import torch
 from families.case import Case
 
-from lct_core import KVCache, ShotInput, retrofit
+from lct_core import KVCache, ShotInput, VariancePreserving, registry, retrofit
 from lct_core.testing.conformance import conformance
 from lct_core.testing.oracle import Join, lockstep
 from lct_core.testing.tolerances import BOUNDS, error
@@ -128,3 +129,31 @@ def test_prompts_of_other_shots_are_heard_in_cross_attention(case, pattern, text
 def test_conformance(case, dtype):
     broken = [f for f in conformance(case.model, dtypes=[dtype]) if not f.holds]
     assert not broken, "\n".join(map(str, broken))
+
+
+def described(traits):
+    """What a row of the support table must say of a model: text, RoPE or none, path, timesteps."""
+    clean, noise = traits.timesteps
+    vp = isinstance(traits.path, VariancePreserving)
+    return traits.text, traits.pairing is not None, vp, getattr(traits.path, "toward_data", False), clean, noise
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_row_of_the_support_table_is_true(family):
+    cases = import_module(f"families.{family}").CASES
+    rows = set()
+    for row in registry().backbones[family].support:
+        clean, noise = re.fullmatch(r"(-?\d+)(?: \(clamped to 0\))? to (-?\d+)", row.time).groups()
+        rope = "RoPE" in row.positions.replace("no RoPE", "") or "the same" in row.positions
+        vp, toward_data = "variance preserving" in row.path, "toward the data" in row.path
+        assert vp != row.path.startswith("rectified flow, velocity")
+        rows.add((row.text, rope, vp, toward_data, float(clean), float(noise)))
+    assert rows == {described(registry().adapter(case.model()).traits) for case in cases}
+    adapter = registry().backbones[family].adapter
+    assert all(
+        f"{type(a).__module__}:{type(a).__qualname__}" == adapter for a in [registry().adapter(cases[0].model())]
+    )
+
+
+def test_every_family_is_tested():
+    assert set(FAMILIES) == set(registry().backbones) - {"mmdit"}  # which has tests of its own

@@ -60,8 +60,3 @@ def test_odd_sizes_are_refused():
     message = "latents: got frames, height, width (1, 5, 8), expected positive multiples of the patch (1, 2, 2)"
     with pytest.raises(ValueError, match=re.escape(message)):
         model([replace(shot, latents=shot.latents[:, :, :, :5])], torch.zeros(1))
-
-
-def test_tokens_that_are_patched_again_are_refused():
-    with pytest.raises(ValueError, match="model: got patch_size 2, expected 1"):
-        retrofit(flux(patch_size=2))

@@ -8,6 +8,7 @@ from diffusers import HunyuanVideoFramepackTransformer3DModel
 from families.hunyuan_video import CASES, TINY, hunyuan_video
 
 from lct_core import Shot, ShotInput, retrofit
+from lct_core.losses import tuning_loss
 from lct_core.testing.tolerances import BOUNDS, error
 
 MASKED = BOUNDS[torch.float32]["masked"].absolute
@@ -64,13 +65,27 @@ def test_the_first_frame_of_token_replace_is_clean_whatever_the_noise_level():
     assert error(q[:, 6:12], p[:, 6:12]) > 1e-3
 
 
+def test_the_first_frame_of_token_replace_stays_as_it_is():
+    model = hunyuan_video(image_condition_type="token_replace")
+    shot, scene = example(model), retrofit(model)
+    assert scene.adapter.noisy(shot).flatten(1).tolist() == [[0, 1]] * 2
+    losses = []
+    for value in (0, 100):  # of the noise at the first frame, which nothing is done with
+        noise = torch.ones_like(shot.latents)
+        noise[:, :, 0] = value
+        losses.append(tuning_loss(scene, [shot], LEVEL, [noise]).mean)
+    assert torch.equal(*losses)
+    plain = hunyuan_video()
+    assert retrofit(plain).adapter.noisy(example(plain)) is None
+
+
 def test_a_shot_without_text_is_refused():
     model = hunyuan_video()
     shot, scene = example(model), retrofit(model)
-    with pytest.raises(ValueError, match="text: got no token, expected at least 1"):
+    with pytest.raises(ValueError, match="text: got 0 tokens, expected 1 or more"):
         scene([replace(shot, text=shot.text[:, :0])], LEVEL)
     padding = {**shot.extras, "encoder_attention_mask": torch.zeros(2, 4)}
-    with pytest.raises(ValueError, match="padding not counted"):
+    with pytest.raises(ValueError, match="text: got 0 tokens, expected 1 or more"):
         scene([replace(shot, extras=padding)], LEVEL)
 
 
@@ -78,7 +93,7 @@ def test_a_global_prompt_without_its_pooled_embedding_is_refused():
     model = hunyuan_video(guidance_embeds=True)
     shot, scene = example(model), retrofit(model)
     prompt = ShotInput(text=shot.text, extras={"guidance": shot.extras["guidance"]}, role="global")
-    with pytest.raises(ValueError, match=r"for a global shot, but .* also needs \['pooled_projections'\]"):
+    with pytest.raises(ValueError, match=r"got \['guidance'\], but .* also needs pooled_projections \[batch, 8\]"):
         scene([prompt, shot], torch.cat([0 * LEVEL, LEVEL], dim=1))
 
 

@@ -8,6 +8,7 @@ import diffusers
 import peft
 import pytest
 import torch
+from diffusers.models.attention import AttentionModuleMixin
 from test_families import CASES, FLOAT32, Scene, worst
 
 from lct_core import retrofit
@@ -147,9 +148,15 @@ def test_features_that_would_be_passed_over_are_refused(case):
     attention.processor = type("Foreign", (), {"__call__": lambda *_: None})()
     refused(r"'Foreign'.*set that processor")
     attention.processor = processor
-    attention.fused_projections = True
-    refused(r"unfuse_qkv_projections")
-    attention.fused_projections = False
+    if isinstance(attention, AttentionModuleMixin):
+        attention.fuse_projections()
+        refused(r"unfuse_qkv_projections")
+        attention.unfuse_projections()
+    elif hasattr(own, "fuse_qkv_projections"):  # an older kind of attention, which gets another processor
+        own.fuse_qkv_projections()
+        if attention.processor is not processor:  # some have the switch and nothing to fuse
+            refused(r"Fused.*set that processor")
+        own.unfuse_qkv_projections()
     if hasattr(own, "enable_cache"):
         own.enable_cache(diffusers.FirstBlockCacheConfig(threshold=0.1))
         refused(r"disable_cache")

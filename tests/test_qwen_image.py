@@ -5,10 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import QwenImagePipeline
-from diffusers.models.transformers import transformer_qwenimage
-from families.qwen_image import CASES, qwen_image
+from families.qwen_image import qwen_image
 
-from lct_core import Shot, ShotInput, retrofit, rotate, rotation
+from lct_core import Shot, ShotInput, retrofit
 from lct_core.testing.tolerances import BOUNDS, error
 
 T = torch.tensor([[0.3], [0.8]])
@@ -19,19 +18,12 @@ def example(scene_model, shot, *, images=True):
     return drawn if images else replace(drawn, extras={})
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
 @torch.no_grad()
-def test_nothing_but_the_rotation_rounds_otherwise_than_the_models_own_forward(case, monkeypatch):
-    own, scene_model = case.model(), retrofit(case.model())
-    shot = example(scene_model, Shot(5, (1, 4, 3)), images="image_latents" not in case.without)
-    (out,) = scene_model([shot], T)
-    adapter, given = type(scene_model.adapter)(own), scene_model.adapter.prepare(shot)
-    by = rotation(adapter.rope(adapter.coordinates(given, adapter.shot(given))), pairing="interleaved")
-    tables = [by._replace(cos=by.cos[part], sin=by.sin[part]) for part in (slice(5, None), slice(5))]
-    assert 0 < error(out, adapter.single_shot(given, T[:, 0])) <= BOUNDS[torch.float32]["masked"].absolute
-    monkeypatch.setattr(own.pos_embed, "forward", lambda *_, **__: tables)
-    monkeypatch.setattr(transformer_qwenimage, "apply_rotary_emb_qwen", lambda x, by, use_real: rotate(x, by))
-    assert torch.equal(out, adapter.single_shot(given, T[:, 0]))
+def test_one_shot_is_the_models_own_forward_with_heads_of_real_size():
+    sizes = {"attention_head_dim": 128, "axes_dims_rope": (16, 56, 56)}
+    own, scene_model = qwen_image(**sizes), retrofit(qwen_image(**sizes))
+    shot = example(scene_model, Shot(37, (1, 9, 14)))
+    assert torch.equal(scene_model([shot], T)[0], type(scene_model.adapter)(own).single_shot(shot, T[:, 0]))
 
 
 @pytest.mark.parametrize("grid", [(1, 5, 4), (1, 1, 7), (1, 6, 2)])
@@ -91,20 +83,9 @@ def test_a_global_prompt_has_no_images_of_its_own():
     assert error(out, scene_model([shot], T)[0]) > 1e-3
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        {"guidance_embeds": True},
-        {"use_layer3d_rope": True},
-        {"use_additional_t_cond": True},
-        {"in_channels": 20},
-        {"out_channels": None},
-    ],
-    ids=str,
-)
-def test_models_that_are_refused(config):
-    with pytest.raises(ValueError, match=r"model: got \{.*expected \{.*load another model"):
-        retrofit(qwen_image(**config))
+def test_layers_are_refused():
+    with pytest.raises(ValueError, match=r"model: got use_layer3d_rope=True, expected False: its frames are layers"):
+        retrofit(qwen_image(use_layer3d_rope=True))
 
 
 def test_inputs_that_are_refused():

@@ -1,4 +1,4 @@
-"""HunyuanVideo-1.5 at tiny sizes: text to video with and without a second text, image to video, MeanFlow."""
+"""HunyuanVideo-1.5 at tiny sizes: text to video with and without a second text, image to video."""
 
 from diffusers import HunyuanVideo15Transformer3DModel
 from families.case import Case, random_model, series
@@ -33,7 +33,9 @@ def case(variant, without=(), **config):
     )
 
 
+TEXT_2 = ("encoder_hidden_states_2", "encoder_attention_mask_2")
+
 CASES = [
-    case("text to video", ("encoder_hidden_states_2", "image_embeds", "condition"), task_type="t2v"),
-    case("image to video, MeanFlow", attention_head_dim=16, rope_axes_dim=(4, 6, 6), use_meanflow=True),
+    case("text to video", (*TEXT_2, "image_embeds", "condition"), task_type="t2v"),
+    case("image to video", attention_head_dim=16, rope_axes_dim=(4, 6, 6)),
 ]

@@ -35,7 +35,6 @@ def case(name, *, without=(), **config):
         steps=steps,
         without=without,
         shots=(Shot(3, (1, 3, 4)), Shot(2, (1, 1, 2)), Shot(5, (1, 4, 2))),
-        masks_padding=True,  # not it: complex products round otherwise, see test_qwen_image.py
     )
 
 
