@@ -371,7 +371,7 @@ class Backbone(ABC):
         extras = dict(inputs.extras)
         if inputs.role == "global":
             for name, extra in self.traits.extras.items():
-                if extra.follows_latents:
+                if extra.required and extra.follows_latents:
                     shape = self._extra_shape(extra, inputs.latents)
                     extras.setdefault(name, inputs.latents.new_zeros(len(inputs.latents), *shape))
         mask, text = extras.pop(self.traits.text_mask or "", None), inputs.text

@@ -90,13 +90,13 @@ def tuning_loss(
 
 
 def _judged(adapter: Backbone, given: tuple[ShotInput, Tensor | None], out: Any) -> tuple[Any, Any]:
-    """A prediction and its target, without what was clean: a condition has no loss."""
+    """A prediction and its target, without what was clean: a condition has no loss, nor has a shot that is all one."""
     shot, target = given
     noisy = None if target is None else adapter.noisy(shot)
     if noisy is None or target is None:
         return out, target
     judged = noisy.bool().expand_as(target)
-    return out[judged], target[judged]
+    return (out[judged], target[judged]) if judged.any() else (None, None)
 
 
 def _noised(adapter: Backbone, shot: ShotInput, eps: Tensor, level: Tensor) -> tuple[ShotInput, Tensor | None]:

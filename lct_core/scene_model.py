@@ -217,13 +217,13 @@ class _Call:
         if cache is not None:
             self.whole = Layout([[*(entry.shot for entry in cache.shots), *layout.shots]], layout.text_first)
         self.plans: dict[tuple[str, str], AttentionPlan] = {}
-        device = inputs[0].latents.device
-        with without_autocast(device):
-            self._place(engine.scheme, inputs)
-            if cache is not None:
-                cache.begin(engine.scheme, self._diagonal(device), self.adapter.traits.pairing)
+        self.scheme = engine.scheme
+        with without_autocast(inputs[0].latents.device):
+            self._place(inputs)
 
     def __call__(self, model: nn.Module, inputs: Sequence[ShotInput]) -> list[Tensor | None]:
+        with without_autocast(inputs[0].latents.device):
+            self._turn(inputs)
         timesteps = self.adapter.traits.timestep(self.levels)
         encoded = [
             _without_video(state) if not shot.video else state
@@ -282,35 +282,44 @@ class _Call:
             plan = masks.seen_text(self.whole, self.pattern(self.whole.video_only))
         return plan if self.cache is None else plan.rows(Range(plan.queries - queries, plan.queries))
 
-    def _place(self, scheme: Scheme, inputs: Sequence[ShotInput]) -> None:
-        """Run the diagonal cursor over every scene; rotations are made in float32 at least (and outside autocast)."""
+    def _place(self, inputs: Sequence[ShotInput]) -> None:
+        """Run the diagonal cursor over every scene."""
         traits, joint = self.adapter.traits, self.adapter.traits.text == "joint"
         shots = iter((self.layout if joint else self.layout.video_only).shots)
         unit = torch.tensor(traits.unit, dtype=torch.float64)
         origins, extents = [], []
-        rotations: list[Rotation | None] = []
+        self.places: list[Tensor] = []
         remaining = iter(inputs)
         for scene in self.layout.scenes:
             origin = 0 if self.cache is None else self.cache.end
             for _ in scene:
                 shot, given = next(shots), next(remaining)
-                if scheme == "paper":
-                    coords = shot_coordinates(shot, scheme=scheme, text_first=traits.text_first)
+                if self.scheme == "paper":
+                    coords = shot_coordinates(shot, scheme=self.scheme, text_first=traits.text_first)
                     coords = F.pad(coords, (0, len(unit) - 3)) * unit  # 0 on axes of the model's own
-                    steps = extent(shot, scheme=scheme)
+                    steps = extent(shot, scheme=self.scheme)
                 else:
                     coords = self.adapter.coordinates(given, shot)
                     steps = measured_extent(coords, traits.unit)
                 origins.append(origin)
                 extents.append(steps)
-                rotations.append(self._rotation(coords + origin * unit, given))
+                self.places.append(coords + origin * unit)
                 origin += steps
         self.origins, self.extents = tuple(origins), tuple(extents)
-        videos = [shot.video for shot in self.layout.shots]
+
+    def _turn(self, inputs: Sequence[ShotInput]) -> None:
+        """Make the rotations, in float32 at least (and outside autocast).
+
+        Inside the model's forward: angles may be weights of its own, which offloading and sharding hooks bring for it.
+        """
+        rotations = [self._rotation(coords, given) for coords, given in zip(self.places, inputs, strict=True)]
+        videos, traits = [shot.video for shot in self.layout.shots], self.adapter.traits
         self.rotations: dict[Tokens, Rotation | None] = {
             "all": _joined(rotations),
             "video": _joined([_video(by, n, traits.text_first) for by, n in zip(rotations, videos, strict=True)]),
         }
+        if self.cache is not None:
+            self.cache.begin(self.scheme, self._diagonal(inputs[0].latents.device), traits.pairing)
 
     def _rotation(self, coords: Tensor, given: ShotInput) -> Rotation | None:
         if self.adapter.traits.pairing is None:

@@ -90,10 +90,8 @@ def test_tokens_of_an_image_are_seen():
 
 
 def test_predict_1_and_control_are_refused():
-    with pytest.raises(ValueError, match=r"extra_pos_embed_type='learnable'.*EDM.*use 2 or 2\.5"):
+    with pytest.raises(ValueError, match=r"extra_pos_embed_type='learnable'.*EDM.*use Predict 2 or 2\.5"):
         retrofit(cosmos(extra_pos_embed_type="learnable"))
-    with pytest.raises(ValueError, match=r"patch_size=\(2, 2, 2\).*patches of one frame"):
-        retrofit(cosmos(patch_size=(2, 2, 2)))
     model = retrofit(cosmos(**VIDEO, controlnet_block_every_n=2))
     with pytest.raises(ValueError, match=r"extras: got \['block_controlnet_hidden_states'\].*does not take"):
         model([shot_of(model, block_controlnet_hidden_states=torch.zeros(2, 18, 28))], torch.tensor([0.5]))

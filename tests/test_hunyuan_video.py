@@ -75,6 +75,10 @@ def test_the_first_frame_of_token_replace_stays_as_it_is():
         noise[:, :, 0] = value
         losses.append(tuning_loss(scene, [shot], LEVEL, [noise]).mean)
     assert torch.equal(*losses)
+    image = replace(shot, latents=shot.latents[:, :, :1])
+    both = tuning_loss(scene, [image, shot], LEVEL.expand(2, 2), [image.latents, shot.latents])
+    assert both.shots.shape == (1,)  # of the shot alone: of the image there is nothing to predict
+    assert both.mean.isfinite()
     plain = hunyuan_video()
     assert retrofit(plain).adapter.noisy(example(plain)) is None
 

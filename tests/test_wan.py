@@ -124,15 +124,9 @@ def test_refuses_text_of_another_length_beside_an_image(tokens):
     model = retrofit(wan(**CLIP))
     (shot,) = scene(model, (2, 2, 3))
     with pytest.raises(
-        ValueError, match=rf"text: got \[1, {tokens}, 16\], expected 512 tokens .* pad the encoded prompt"
+        ValueError, match=rf"text: got {tokens} tokens, expected 512; encode and pad the prompt as the model's own"
     ):
         model([replace(shot, text=torch.randn(1, tokens, 16))], T[:1])
-
-
-@pytest.mark.parametrize("config", [{"image_dim": 20}, {"added_kv_proj_dim": 24}, {"out_channels": 5}], ids=str)
-def test_refuses_configurations_that_no_checkpoint_has(config):
-    with pytest.raises(ValueError, match=r"model: got in_channels=4, .* expected at least as many channels in as out"):
-        retrofit(wan(**config))
 
 
 @pytest.mark.parametrize("name", SPEC.refuses, ids=lambda name: name.rsplit(".")[-1])

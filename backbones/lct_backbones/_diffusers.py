@@ -9,7 +9,7 @@ from diffusers.models.attention import AttentionModuleMixin
 from einops import rearrange
 from torch import Tensor, nn
 
-from lct_core import Backbone, Extra, Shot, ShotInput, State, Traits, angles
+from lct_core import Backbone, Extra, Shot, ShotInput, Site, State, Traits, angles
 
 Heads = tuple[Tensor, Tensor, Tensor]
 """Queries, keys and values, ``[batch, tokens, heads, head_dim]``."""
@@ -40,7 +40,10 @@ class DiffusersBackbone(Backbone):
         """Traits whose values most configurations give under the same names."""
         heads, channels = config.num_attention_heads, config.get("out_channels") or config.in_channels
         shared = {"latent_channels": channels, "heads": heads, "kv_heads": heads, "head_dim": config.attention_head_dim}
-        return Traits(**{**shared, **traits})
+        patch = config.get("patch_size_t") or 1, config.get("patch_size"), config.get("patch_size")
+        if mask := traits.get("text_mask"):
+            traits["extras"] = {mask: Extra(("tokens",)), **traits.get("extras", {})}
+        return Traits(**{**shared, "patch": patch, "text_width": config.get("text_embed_dim"), **traits})
 
     def condition(self, channels: int, *, required: bool = True) -> dict[str, Extra]:
         """The extra for image channels that the model takes behind those of the latents, where there are any."""
@@ -52,15 +55,23 @@ class DiffusersBackbone(Backbone):
         """Those of every stack."""
         return [block for stack in self.stacks for block in getattr(self.model, stack)]
 
+    def sites(self, block: Any) -> Sequence[Site]:
+        """Where text is cross-attended: self-attention, then text."""
+        return (Site("attn1"), Site("attn2", "text")) if self.traits.text == "cross" else super().sites(block)
+
     def rope(self, coords: Tensor) -> Tensor:
         """Coordinates times frequencies."""
         return angles(coords, self.frequencies)
 
     def arguments(self, inputs: ShotInput, timestep: Tensor) -> dict[str, Any]:
-        """What the model's own forward takes for a shot, by name: the condition joined to the latents, a text mask."""
+        """What the model's own forward takes for a shot, by name: the condition joined to the latents, a text mask, and
+        timesteps of tokens where the shot has a mask for them.
+        """
         extras, latents, text = dict(inputs.extras), inputs.latents, inputs.text
         if "condition" in extras:
             latents = torch.cat([latents, extras.pop("condition")], dim=1)
+        if "timestep_mask" in extras:
+            timestep = token_timesteps(timestep, extras.pop("timestep_mask"), self.traits.patch)
         if self.traits.text_mask is not None:
             extras.setdefault(self.traits.text_mask, text.new_ones(text.shape[:2], dtype=torch.bool))
         return {"hidden_states": latents, "timestep": timestep, "encoder_hidden_states": text, **extras}
@@ -80,9 +91,9 @@ class DiffusersBackbone(Backbone):
         return rearrange(tokens, pattern, f=f, y=y, x=x, t=t, h=h, w=w)
 
     def cast(self, dtype: torch.dtype) -> None:
-        """As ``from_pretrained(torch_dtype=...)``: the modules that diffusers names stay in float32."""
+        """As ``from_pretrained(torch_dtype=...)``: named modules, and what is not loaded, stay in float32."""
         exact = set(self.model._keep_in_fp32_modules or ())
-        for name, tensor in [*self.model.named_parameters(), *self.model.named_buffers()]:
+        for name, tensor in self.model.state_dict(keep_vars=True).items():
             if tensor.is_floating_point():
                 tensor.data = tensor.data.to(torch.float32 if exact & set(name.split(".")) else dtype)
 
@@ -141,6 +152,12 @@ def joined(first: Heads, second: Heads) -> Heads:
     return q, k, v
 
 
+def apart(both: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens of two streams, one after the other, as two again: as many of each as these have."""
+    one, other = both.split([first.shape[1], second.shape[1]], dim=1)
+    return one, other
+
+
 def project_out(attn: Any, x: Tensor) -> Tensor:
     """The output projection, with its dropout."""
     return attn.to_out[1](attn.to_out[0](x))
@@ -156,11 +173,12 @@ def token_timesteps(timestep: Tensor, mask: Tensor, patch: tuple[int, int, int])
 
     Args:
         timestep: Of the shot, ``[batch]``.
-        mask: ``[batch, frames, height, width]`` of the latents: 0 where they are clean, a condition, and 1 elsewhere.
+        mask: ``[batch, frames, height, width]`` of the latents, or ``[batch, frames]``: 0 where they are clean, a
+            condition, and 1 elsewhere.
         patch: Latents that make one token; its first one decides.
 
     Returns:
-        ``[batch, tokens]``.
+        ``[batch, tokens]``, or ``[batch, frames of tokens]``.
 
     Raises:
         ValueError: for a mask outside [0, 1].
@@ -171,6 +189,7 @@ def token_timesteps(timestep: Tensor, mask: Tensor, patch: tuple[int, int, int])
             "the latents are clean, 1 where they are at the shot's noise level"
         )
     t, h, w = patch
+    mask = mask.reshape(*mask.shape, *[1] * (4 - mask.ndim))
     return (mask[:, ::t, ::h, ::w] * timestep.view(-1, 1, 1, 1)).flatten(1)
 
 

@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from lct_backbones._diffusers import DiffusersBackbone
@@ -37,16 +38,24 @@ class ImageBackbone(DiffusersBackbone):
         return {**given, "hidden_states": given["hidden_states"].squeeze(2)}
 
 
-def check_packed(config: Any) -> None:
-    """Refuse a FLUX model that patches its tokens once more.
+class PackedImageBackbone(ImageBackbone):
+    """The adapter of one that takes and gives tokens, which its pipelines pack from latents and unpack to them."""
 
-    Raises:
-        ValueError: for a patch size other than 1.
-    """
-    if config.patch_size != 1:
-        raise ValueError(
-            f"model: got patch_size {config.patch_size}, expected 1, as in every released model: tokens come packed"
-        )
+    patches = "(c t h w)"
+
+    def pack(self, image: Tensor) -> Tensor:
+        """The tokens of ``[batch, channels, height, width]``."""
+        _, h, w = self.traits.patch
+        return rearrange(image, "b c (y h) (x w) -> b (y x) (c h w)", h=h, w=w)
+
+    def arguments(self, inputs: ShotInput, timestep: Tensor) -> dict[str, Any]:
+        """Tokens, those of the condition beside those of the latents."""
+        given = super().arguments(inputs, timestep)
+        return {**given, "hidden_states": self.pack(given["hidden_states"])}
+
+    def single_shot(self, inputs: ShotInput, timestep: Tensor) -> Tensor:
+        """The model's own forward, its tokens as a frame."""
+        return self.unpatchify(super().single_shot(inputs, timestep), self.shot(inputs))
 
 
 def within_half(x: Tensor) -> Tensor:

@@ -16,8 +16,9 @@ latents in the first frame, zeros behind) or a control video is concatenated to 
 takes ``ofs``, 2.0 unless given (upstream). Its pipeline brings an odd number of latent frames to an even one, in front.
 
 Variance preserving path, v-prediction, a schedule of 1000 timesteps with zero terminal SNR; its shift is 3 for 2B, 1
-for the others (for another schedule, replace ``traits.path``). Level 0 would be timestep -1, which no model has seen:
-below level 0.001 it gets timestep 0.
+for the others. Another schedule is another path: on a retrofitted model, set
+``model.adapter.traits = dataclasses.replace(model.adapter.traits, path=VariancePreserving(alphas_cumprod))``. Level 0
+would be timestep -1, which no model has seen: below level 0.001 it gets timestep 0.
 
 Not served: fused projections, ``timestep_cond``.
 
@@ -32,8 +33,8 @@ import torch
 from diffusers import CogVideoXDDIMScheduler
 from torch import Tensor
 
-from lct_backbones._diffusers import DiffusersBackbone, project, project_out
-from lct_core import QKV, Extra, Shot, ShotInput, Site, State, Traits, VariancePreserving, axis_frequencies, rotation
+from lct_backbones._diffusers import DiffusersBackbone, apart, project, project_out
+from lct_core import QKV, Extra, Shot, ShotInput, Site, State, Traits, VariancePreserving, axis_frequencies
 
 
 class CogVideoXBackbone(DiffusersBackbone):
@@ -45,83 +46,61 @@ class CogVideoXBackbone(DiffusersBackbone):
     def describe(self, config: Any) -> Traits:
         """RoPE, absolute positions or both; v-prediction."""
         rotary, learned = config.use_rotary_positional_embeddings, config.use_learned_positional_embeddings
-        patch = config.patch_size_t or 1, config.patch_size, config.patch_size
-        if patch[0] > 1 and (learned or not rotary):
-            raise ValueError(
-                f"model: got patch_size_t={patch[0]} beside absolute positions, of which this class has one for every "
-                "latent frame; expected patch_size_t=None, or use_rotary_positional_embeddings=True alone"
-            )
-        self.text_length = config.max_text_seq_length if learned or not rotary else None
         frames = 1 + (config.sample_frames - 1) // config.temporal_compression_ratio
-        self.only_size = (frames, config.sample_height, config.sample_width) if learned else None
-        if rotary:
-            side = config.attention_head_dim // 8 * 3
-            self.frequencies = axis_frequencies((config.attention_head_dim // 4, side, side), dtype=torch.float32)
+        self.trained = frames, config.sample_height // config.patch_size, config.sample_width // config.patch_size
+        self.only_grid = self.trained if learned else None
+        frame, side = config.attention_head_dim // 4, config.attention_head_dim // 8 * 3
+        self.frequencies = axis_frequencies((frame, side, side), dtype=torch.float32)
         schedule: Any = CogVideoXDDIMScheduler(snr_shift_scale=1.0 if rotary else 3.0, rescale_betas_zero_snr=True)
-        extras = {"ofs": Extra(())} if config.ofs_embed_dim else {}
-        if condition := config.in_channels - config.out_channels:
-            extras["condition"] = Extra((condition, "frames", "height", "width"), required=True, image=True)
+        ofs = {"ofs": Extra(())} if config.ofs_embed_dim else {}
         return self.common(
             config,
-            patch=patch,
-            text_width=config.text_embed_dim,
             text="joint",
+            text_tokens=(config.max_text_seq_length,) * 2 if learned or not rotary else (0, None),
             pairing="interleaved" if rotary else None,
             timesteps=(-1.0, 999.0),
             path=VariancePreserving(schedule.alphas_cumprod.tolist()),
-            extras=extras,
+            extras={**self.condition(config.in_channels - config.out_channels), **ofs},
         )
 
     def shot(self, inputs: ShotInput) -> Shot:
-        """As for any model; beside absolute positions text has one length, beside learned ones the video one size."""
+        """As for any model; of one size beside learned positions, but for the dummy frame of a global prompt."""
         shot = super().shot(inputs)
-        if self.text_length not in (None, shot.text):
+        if shot.role == "shot" and self.only_grid not in (None, shot.grid):
             raise ValueError(
-                f"text: got {shot.text} tokens, expected {self.text_length}: this model adds its absolute positions "
-                "behind that many; pad or cut the encoded prompt, as its pipeline does"
-            )
-        size, own = tuple(inputs.latents.shape[2:]), self.only_size
-        dummy = inputs.role == "global"  # whose one frame nobody looks at: the class gives it fixed positions
-        if own is not None and size[dummy:] != own[dummy:]:
-            raise ValueError(
-                f"latents: got frames, height, width {size}, expected {own}: this model learned positions for that "
+                f"latents: got {shot.grid} patches, expected {self.only_grid}: this model learned positions for that "
                 "size alone; resize the video, or take a model without use_learned_positional_embeddings"
             )
         return shot
 
     def example(self, shot: Shot, **options: Any) -> ShotInput:
-        """Of the text length and the size that the model takes."""
-        (t, h, w), (frames, height, width) = self.traits.patch, self.only_size or (0, 0, 0)
-        grid = (frames // t, height // h, width // w) if self.only_size else shot.grid
-        return super().example(replace(shot, text=self.text_length or shot.text, grid=grid), **options)
+        """Of the size that the model takes."""
+        return super().example(replace(shot, grid=self.only_grid or shot.grid), **options)
 
     def coordinates(self, inputs: ShotInput, shot: Shot) -> Tensor:
         """As its pipelines do: 1.0 spreads rows and columns over a crop of the trained grid; float32 there."""
-        coords, config = super().coordinates(inputs, shot), self.model.config
-        if self.traits.pairing is None or config.patch_size_t is not None:
+        coords, (frames, rows, columns), (_, height, width) = super().coordinates(inputs, shot), shot.grid, self.trained
+        if self.traits.pairing is None or self.model.config.patch_size_t is not None:
             return coords
-        (frames, rows, columns), p = shot.grid, config.patch_size
-        height, width = config.sample_height // p, config.sample_width // p
-        tall = rows / columns > height / width
-        fit = (height, round(height / rows * columns)) if tall else (round(width / columns * rows), width)
-        top, left = (round((base - side) / 2) for base, side in zip((height, width), fit, strict=True))
-        spans = (0, frames, frames), (top, top + fit[0], rows), (left, left + fit[1], columns)
-        axes = (torch.linspace(start, end * (n - 1) / n, n, dtype=torch.float32) for start, end, n in spans)
+        scale = min(height / rows, width / columns)
+        fit = frames, round(scale * rows), round(scale * columns)
+        axes = []
+        for n, size, whole in zip(shot.grid, fit, (frames, height, width), strict=True):
+            start = round((whole - size) / 2)
+            axes.append(torch.linspace(start, (start + size) * (n - 1) / n, n, dtype=torch.float32))
         coords[shot.text :] = torch.cartesian_prod(*axes)
         return coords
 
     def arguments(self, inputs: ShotInput, timestep: Tensor) -> dict[str, Any]:
-        """Frames before channels, the condition joined to the latents; rotations of the video; timesteps from 0 on."""
-        extras, latents = dict(inputs.extras), inputs.latents
-        if "condition" in extras:
-            latents = torch.cat([latents, extras.pop("condition")], dim=1)
+        """Frames before channels; rotations of the video; timesteps from 0 on."""
+        given, shot = super().arguments(inputs, timestep.clamp(min=0)), self.shot(inputs)
+        given["hidden_states"] = given["hidden_states"].transpose(1, 2)
         if "ofs" in self.traits.extras:
-            extras.setdefault("ofs", latents.new_full((len(latents),), 2.0))
+            given.setdefault("ofs", inputs.latents.new_full((len(timestep),), 2.0))
         if self.traits.pairing is not None:
-            shot = self.shot(inputs)
-            by = rotation(self.rope(self.coordinates(inputs, shot).to(latents.device)), pairing=self.traits.pairing)
-            extras["image_rotary_emb"] = tuple(x[shot.text :, 0].repeat_interleave(2, dim=1) for x in (by.cos, by.sin))
-        return super().arguments(replace(inputs, latents=latents.transpose(1, 2), extras=extras), timestep.clamp(min=0))
+            by = self.rotation(self.coordinates(inputs, shot).to(inputs.latents.device), dtype=torch.float32)
+            given["image_rotary_emb"] = tuple(x[shot.text :, 0].repeat_interleave(2, dim=1) for x in (by.cos, by.sin))
+        return given
 
     def single_shot(self, inputs: ShotInput, timestep: Tensor) -> Tensor:
         """The model's own forward, channels before frames again."""
@@ -129,12 +108,11 @@ class CogVideoXBackbone(DiffusersBackbone):
 
     def encode(self, inputs: ShotInput, timestep: Tensor) -> State:
         """Text and patches, with absolute positions where the model has them; time, with ``ofs``."""
-        given, model = self.arguments(inputs, timestep), self.model
-        latents, text = given["hidden_states"], given["encoder_hidden_states"]
-        time = model.time_embedding(model.time_proj(given["timestep"]).to(latents.dtype))
-        if model.ofs_embedding is not None:
-            time = time + model.ofs_embedding(model.ofs_proj(given["ofs"]).to(latents.dtype))
-        tokens = model.embedding_dropout(model.patch_embed(text, latents))
+        given, model, text = self.arguments(inputs, timestep), self.model, inputs.text
+        time = model.time_embedding(model.time_proj(given["timestep"]).to(text.dtype))
+        if "ofs" in given:
+            time = time + model.ofs_embedding(model.ofs_proj(given["ofs"]).to(text.dtype))
+        tokens = model.embedding_dropout(model.patch_embed(text, given["hidden_states"]))
         return State({"text": tokens[:, : text.shape[1]], "video": tokens[:, text.shape[1] :]}, {"time": time})
 
     def qkv(self, block: Any, site: Site, state: State) -> QKV:
@@ -152,12 +130,12 @@ class CogVideoXBackbone(DiffusersBackbone):
         return {"text": text, "video": video}
 
     def head(self, state: State) -> Tensor:
-        """The final layer."""
-        video = self.model.norm_out(self.model.norm_final(state.streams["video"]), temb=state.conditioning["time"])
-        return self.model.proj_out(video)
+        """Two norms, of which the time modulates the second."""
+        video = self.model.norm_final(state.streams["video"])
+        return self.model.proj_out(self.model.norm_out(video, temb=state.conditioning["time"]))
 
 
 def _added(text: Tensor, video: Tensor, update: Tensor, gate: Tensor, text_gate: Tensor) -> tuple[Tensor, Tensor]:
     """Both streams and their shares of an update, text first, each through its gate."""
-    n = text.shape[1]
-    return text + text_gate * update[:, :n], video + gate * update[:, n:]
+    of_text, of_video = apart(update, text, video)
+    return text + text_gate * of_text, video + gate * of_video

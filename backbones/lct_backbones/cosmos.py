@@ -26,9 +26,9 @@ from typing import Any
 
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
-from torch import Tensor, nn
+from torch import Tensor
 
-from lct_backbones._diffusers import DiffusersBackbone, project, project_out, token_timesteps
+from lct_backbones._diffusers import DiffusersBackbone, project, project_out
 from lct_core import QKV, Extra, Shot, ShotInput, Site, State, Traits, axis_frequencies
 
 
@@ -40,20 +40,18 @@ class CosmosBackbone(DiffusersBackbone):
 
     def describe(self, config: Any) -> Traits:
         """Every axis has a theta of its own; Predict 1 is refused."""
-        if config.extra_pos_embed_type is not None or config.patch_size[0] != 1:
+        if config.extra_pos_embed_type is not None:
             raise ValueError(
-                f"model: got extra_pos_embed_type={config.extra_pos_embed_type!r}, patch_size={config.patch_size}, "
-                "expected None and patches of one frame, as Cosmos Predict 2 and 2.5 have: Predict 1, with learned "
-                "positions, was trained with EDM, whose time is not linear in the noise level; use 2 or 2.5"
+                f"model: got Cosmos Predict 1 (extra_pos_embed_type={config.extra_pos_embed_type!r}), which was trained "
+                "with EDM: its time is not linear in the noise level; expected None; use Predict 2 or 2.5"
             )
-        rope, masks = self.model.rope, config.in_channels - config.out_channels
+        rope = self.model.rope
         axes = ((rope.dim_t, rope.t_ntk_factor), (rope.dim_h, rope.h_ntk_factor), (rope.dim_w, rope.w_ntk_factor))
         series = [axis_frequencies((dim,), theta=10000.0 * factor, dtype=torch.float32) for dim, factor in axes]
         self.frequencies = torch.block_diag(*series)
-        extras = {"attention_mask": Extra(("tokens",)), "fps": Extra(None)}
-        extras["timestep_mask"] = Extra(("frames",), image=True)
-        if masks:
-            extras["condition_mask"] = Extra((masks, "frames", "height", "width"), required=True, image=True)
+        extras = {"timestep_mask": Extra(("frames",), image=True), "fps": Extra(None)}
+        if channels := config.in_channels - config.out_channels:
+            extras["condition_mask"] = Extra((channels, "frames", "height", "width"), required=True, image=True)
         if width := config.img_context_dim_in:
             extras["img_context"] = Extra((config.img_context_num_tokens, width), required=True, image=True)
         return self.common(
@@ -61,15 +59,11 @@ class CosmosBackbone(DiffusersBackbone):
             patch=config.patch_size,
             text_width=config.crossattn_proj_in_channels if config.use_crossattn_projection else config.text_embed_dim,
             text="cross",
+            text_mask="attention_mask",
             pairing="half",
             timesteps=(0.0, 1.0),
             extras=extras,
-            text_mask="attention_mask",
         )
-
-    def sites(self, block: nn.Module) -> tuple[Site, ...]:
-        """Self-attention, then text (and the image, which stays inside its shot)."""
-        return (Site("attn1"), Site("attn2", "text"))
 
     def coordinates(self, inputs: ShotInput, shot: Shot) -> Tensor:
         """Frames are 24 / fps apart, computed in float32 as the model does."""
@@ -79,55 +73,59 @@ class CosmosBackbone(DiffusersBackbone):
         return coords
 
     def arguments(self, inputs: ShotInput, timestep: Tensor) -> dict[str, Any]:
-        """No padding; timesteps of frames; the image beside the text."""
-        given, latents = super().arguments(inputs, timestep), inputs.latents
-        if (mask := given.pop("timestep_mask", None)) is not None:
-            frames = token_timesteps(timestep, mask[:, :, None, None], (1, 1, 1))
-            given["timestep"] = frames[:, None, :, None, None]
+        """No padding; timesteps of frames; the image beside the text, where the model takes no mask."""
+        given = super().arguments(inputs, timestep)
+        if given["timestep"].ndim == 2:
+            given["timestep"] = given["timestep"][:, None, :, None, None]
         if "img_context" in self.traits.extras:
             given["encoder_hidden_states"] = (inputs.text, given.pop("img_context", None))
-        return {**given, "padding_mask": latents.new_zeros(1, 1, *latents.shape[-2:])}
+            del given["attention_mask"]
+        return {**given, "padding_mask": inputs.latents.new_zeros(1, 1, *inputs.latents.shape[-2:])}
 
     def encode(self, inputs: ShotInput, timestep: Tensor) -> State:
         """Patches of the latents and their masks; time of the shot or of every token; text and image."""
-        given, model, video = self.arguments(inputs, timestep), self.model, inputs.latents
+        given, model = self.arguments(inputs, timestep), self.model
+        video, conditioning = inputs.latents, {"text": inputs.text}
         if "condition_mask" in given:
             video = torch.cat([video, given["condition_mask"]], dim=1)
         if model.config.concat_padding_mask:
             video = torch.cat([video, torch.zeros_like(video[:, :1])], dim=1)
         video = model.patch_embed(video)
-        area, video = video.shape[2:4], video.flatten(1, 3)
         times = model.time_embed(video, given["timestep"].flatten())
-        if given["timestep"].ndim == 5:
-            times = [x.unflatten(0, (len(video), -1, 1, 1)).expand(-1, -1, *area, -1).flatten(1, 3) for x in times]
-        conditioning = {"modulation": times[0], "time": times[1], "text": inputs.text}
+        if "timestep_mask" in inputs.extras:
+            batch, _, *area, _ = video.shape
+            times = [x.view(batch, -1, 1, 1, x.shape[1]).expand(-1, -1, *area, -1).flatten(1, 3) for x in times]
         if model.config.use_crossattn_projection:
             conditioning["text"] = model.crossattn_proj(inputs.text)
         if "img_context" in inputs.extras:
             conditioning["image"] = model.img_context_proj(inputs.extras["img_context"])
-        return State({"video": video}, conditioning)
+        return State({"video": video.flatten(1, 3)}, {**conditioning, "modulation": times[0], "time": times[1]})
 
     def qkv(self, block: Any, site: Site, state: State) -> QKV:
         """Of the video; or queries of the video, keys and values of the text."""
         to_text, of = site.name == "attn2", state.conditioning
-        x, gate = (block.norm2 if to_text else block.norm1)(state.streams["video"], of["time"], of["modulation"])
+        x, gate = _modulated(block.norm2 if to_text else block.norm1, state.streams["video"], of)
         image = _attend_image(block.attn2, x, of["image"]) if to_text and "image" in of else None
         return QKV(*project(getattr(block, site.name), x, of["text"] if to_text else None), (gate, image))
 
     def finish(self, block: Any, site: Site, state: State, attended: Tensor, aux: Any) -> dict[str, Tensor]:
         """The attention behind its gate; after the text, the MLP."""
-        (gate, image), out, of = aux, attended.flatten(2), state.conditioning
+        (gate, image), out = aux, attended.flatten(2)
         out = project_out(getattr(block, site.name), out if image is None else out + image)
         video = state.streams["video"] + gate * out
         if site.name == "attn2":
-            x, gate = block.norm3(video, of["time"], of["modulation"])
+            x, gate = _modulated(block.norm3, video, state.conditioning)
             video = video + gate * block.ff(x)
         return {"video": video}
 
     def head(self, state: State) -> Tensor:
         """The final layer."""
-        of = state.conditioning
-        return self.model.proj_out(self.model.norm_out(state.streams["video"], of["time"], of["modulation"]))
+        return self.model.proj_out(_modulated(self.model.norm_out, state.streams["video"], state.conditioning))
+
+
+def _modulated(norm: Any, video: Tensor, conditioning: dict[str, Tensor]) -> Any:
+    """The video, modulated by the time; and the gate, except of the final layer."""
+    return norm(video, conditioning["time"], conditioning["modulation"])
 
 
 def _attend_image(attn: Any, x: Tensor, image: Tensor) -> Tensor:

@@ -44,8 +44,7 @@ class EasyAnimateBackbone(DiffusersBackbone):
         side = config.attention_head_dim // 8 * 3
         self.frequencies = axis_frequencies((config.attention_head_dim // 4, side, side), dtype=torch.float32)
         extras = {} if config.text_embed_dim_t5 is None else {_T5: Extra(("t5_tokens", config.text_embed_dim_t5))}
-        if condition := config.in_channels - config.out_channels:
-            extras["condition"] = Extra((condition, "frames", "height", "width"), required=True, image=True)
+        extras |= self.condition(config.in_channels - config.out_channels)
         patch = (1, config.patch_size, config.patch_size)
         return self.common(config, patch=patch, text_width=config.text_embed_dim, text="joint", extras=extras)
 

@@ -24,29 +24,29 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock
-from einops import rearrange
 from torch import Tensor
 
 from lct_backbones._diffusers import gated_mlp, joined, project, project_added, project_out
-from lct_backbones._images import ImageBackbone, check_packed, within_half
+from lct_backbones._images import PackedImageBackbone, within_half
 from lct_core import QKV, Extra, ShotInput, Site, State, Traits, axis_frequencies
 
 
-class FluxBackbone(ImageBackbone):
+class FluxBackbone(PackedImageBackbone):
     """The adapter of ``FluxTransformer2DModel``."""
 
     processors: ClassVar[tuple[str, ...]] = ("FluxAttnProcessor",)
     stacks = ("transformer_blocks", "single_transformer_blocks")
-    patches = "(c t h w)"
+    #: Its single-stream blocks.
+    single: ClassVar[Any] = FluxSingleTransformerBlock
+    #: Whether output projections get contiguous tokens: where weights are frozen, a matmul's bits depend on it.
+    contiguous: ClassVar[bool] = True
 
     def describe(self, config: Any) -> Traits:
         """Four latents make a token, which is what the model counts as channels."""
-        check_packed(config)
-        tokens, channels = self.model.config.in_channels // 4, self.model.out_channels // 4
+        tokens, channels = config.in_channels // 4, self.model.out_channels // 4
         self.frequencies = axis_frequencies(config.axes_dims_rope, theta=self.model.pos_embed.theta)
-        extras = {"pooled_projections": Extra((config.pooled_projection_dim,), required=True)}
-        if config.guidance_embeds:
-            extras["guidance"] = Extra((), required=True)
+        pooled = Extra((config.pooled_projection_dim,), required=True)
+        guidance = {"guidance": Extra((), required=True)} if config.guidance_embeds else {}
         return self.common(
             config,
             latent_channels=channels,
@@ -54,19 +54,14 @@ class FluxBackbone(ImageBackbone):
             text_width=config.joint_attention_dim,
             text="joint",
             timesteps=(0.0, 1.0),
-            extras={**extras, **self.condition(tokens - channels)},
+            extras={"pooled_projections": pooled, **guidance, **self.condition(tokens - channels)},
         )
 
     def arguments(self, inputs: ShotInput, timestep: Tensor) -> dict[str, Any]:
         """Tokens, and where they are."""
-        given, shot, (_, h, w) = super().arguments(inputs, timestep), self.shot(inputs), self.traits.patch
-        packed = rearrange(given["hidden_states"], "b c (y h) (x w) -> b (y x) (c h w)", h=h, w=w)
-        places = self.coordinates(inputs, shot).to(packed.device)
-        return {**given, "hidden_states": packed, "txt_ids": places[: shot.text], "img_ids": places[shot.text :]}
-
-    def single_shot(self, inputs: ShotInput, timestep: Tensor) -> Tensor:
-        """The model's own forward, its tokens as a frame."""
-        return self.unpatchify(super().single_shot(inputs, timestep), self.shot(inputs))
+        places = self.coordinates(inputs, self.shot(inputs)).to(inputs.latents.device)
+        text, image = places.tensor_split([inputs.text.shape[1]])
+        return {**super().arguments(inputs, timestep), "txt_ids": text, "img_ids": image}
 
     def encode(self, inputs: ShotInput, timestep: Tensor) -> State:
         """Tokens of both streams; the time with guidance and the pooled prompt."""
@@ -79,7 +74,7 @@ class FluxBackbone(ImageBackbone):
     def qkv(self, block: Any, site: Site, state: State) -> QKV:
         """Of both streams, text first; in a single-stream block, of both as one, and its MLP."""
         text, video, time = state.streams["text"], state.streams["video"], state.conditioning["time"]
-        if isinstance(block, FluxSingleTransformerBlock):
+        if isinstance(block, self.single):
             x, gate = block.norm(torch.cat([text, video], dim=1), emb=time)
             return QKV(*project(block.attn, x), (gate[:, None], block.act_mlp(block.proj_mlp(x))))
         words, *of_text = block.norm1_context(text, emb=time)
@@ -91,18 +86,17 @@ class FluxBackbone(ImageBackbone):
         """Both streams."""
         text, video, out = state.streams["text"], state.streams["video"], attended.flatten(2)
         lengths = [text.shape[1], video.shape[1]]
-        if isinstance(block, FluxSingleTransformerBlock):
+        if isinstance(block, self.single):
             gate, mlp = aux
-            x = torch.cat([text, video], dim=1) + gate * block.proj_out(torch.cat([out, mlp], dim=2))
-            text, video = within_half(x).split(lengths, dim=1)
-            return {"text": text, "video": video}
+            both = torch.cat([text, video], dim=1) + gate * self.merge(block, torch.cat([out, mlp], dim=2))
+            return dict(zip(("text", "video"), within_half(both).split(lengths, dim=1), strict=True))
         (text_gate, *of_text), (gate, *of_video) = aux[:4], aux[4:]
-        of_words, of_image = (x.contiguous() for x in out.split(lengths, dim=1))
+        of_words, of_image = (x.contiguous() if self.contiguous else x for x in out.split(lengths, dim=1))
         text = text + text_gate * block.attn.to_add_out(of_words)
         video = video + gate * project_out(block.attn, of_image)
         text = within_half(gated_mlp(text, block.norm2_context, block.ff_context, *of_text))
         return {"text": text, "video": gated_mlp(video, block.norm2, block.ff, *of_video)}
 
-    def head(self, state: State) -> Tensor:
-        """The final layer."""
-        return self.model.proj_out(self.model.norm_out(state.streams["video"], state.conditioning["time"]))
+    def merge(self, block: Any, x: Tensor) -> Tensor:
+        """A single-stream block's last projection, of attention and MLP side by side."""
+        return block.proj_out(x)

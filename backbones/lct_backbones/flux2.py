@@ -25,8 +25,7 @@ from diffusers.models.transformers.transformer_flux2 import Flux2SingleTransform
 from torch import Tensor
 from torch.nn import functional as F
 
-from lct_backbones._diffusers import gated_mlp, joined, project, project_added, project_out
-from lct_backbones._images import check_packed, within_half
+from lct_backbones._diffusers import joined, project, project_added
 from lct_backbones.flux import FluxBackbone
 from lct_core import QKV, Extra, Shot, ShotInput, Site, State, Traits, axis_frequencies
 
@@ -35,10 +34,11 @@ class Flux2Backbone(FluxBackbone):
     """The adapter of ``Flux2Transformer2DModel``."""
 
     processors = ("Flux2AttnProcessor", "Flux2ParallelSelfAttnProcessor")
+    single = Flux2SingleTransformerBlock
+    contiguous = False
 
     def describe(self, config: Any) -> Traits:
         """Four axes, of which shots move along three."""
-        check_packed(config)
         self.frequencies = axis_frequencies(config.axes_dims_rope, theta=config.rope_theta)
         guidance = {"guidance": Extra((), required=True)} if config.guidance_embeds else {}
         return self.common(
@@ -60,44 +60,32 @@ class Flux2Backbone(FluxBackbone):
     def encode(self, inputs: ShotInput, timestep: Tensor) -> State:
         """Tokens of both streams; the time with guidance, and the modulations that it gives all blocks."""
         model, given = self.model, self.arguments(inputs, timestep)
-        video = given["hidden_states"]
-        time, guidance = (
-            given[name].to(video.dtype) * 1000 if name in given else None for name in ("timestep", "guidance")
-        )
-        time = model.time_guidance_embed(time, guidance)
-        streams = {"text": model.context_embedder(inputs.text), "video": model.x_embedder(video)}
-        kinds = {"of_text": model.double_stream_modulation_txt, "of_video": model.double_stream_modulation_img}
-        kinds["of_both"] = model.single_stream_modulation
-        return State(streams, {"time": time, **{kind: by(time)[:, None] for kind, by in kinds.items()}})
+        tokens, names = given["hidden_states"], {"timestep", "guidance"} & set(given)
+        scaled = {name: given[name].to(tokens.dtype) * 1000 for name in names}
+        time = model.time_guidance_embed(scaled["timestep"], scaled.get("guidance"))
+        by = {
+            "of_text": model.double_stream_modulation_txt(time)[:, None],
+            "of_video": model.double_stream_modulation_img(time)[:, None],
+            "of_both": model.single_stream_modulation(time)[:, None],
+        }
+        streams = {"text": model.context_embedder(inputs.text), "video": model.x_embedder(tokens)}
+        return State(streams, {"time": time, **by})
 
     def qkv(self, block: Any, site: Site, state: State) -> QKV:
         """Of both streams, text first; in a single-stream block, of both as one, and its MLP."""
         text, video, by = state.streams["text"], state.streams["video"], state.conditioning
-        if isinstance(block, Flux2SingleTransformerBlock):
-            shift, scale, _ = by["of_both"].chunk(3, dim=-1)
+        if isinstance(block, self.single):
+            shift, scale, gate = by["of_both"].chunk(3, dim=-1)
             attn, x = block.attn, (1 + scale) * block.norm(torch.cat([text, video], dim=1)) + shift
             *heads, mlp = attn.to_qkv_mlp_proj(x).split([attn.inner_dim] * 3 + [2 * attn.mlp_hidden_dim], dim=-1)
             q, k, v = (part.unflatten(2, (attn.heads, -1)) for part in heads)
-            return QKV(attn.norm_q(q), attn.norm_k(k), v, mlp)
-        shift, scale, *_ = by["of_text"].chunk(6, dim=-1)
+            return QKV(attn.norm_q(q), attn.norm_k(k), v, (gate, attn.mlp_act_fn(mlp)))
+        shift, scale, *of_text = by["of_text"].chunk(6, dim=-1)
         words = (1 + scale) * block.norm1_context(text) + shift
-        shift, scale, *_ = by["of_video"].chunk(6, dim=-1)
+        shift, scale, *of_video = by["of_video"].chunk(6, dim=-1)
         x = (1 + scale) * block.norm1(video) + shift
-        return QKV(*joined(project_added(block.attn, words), project(block.attn, x)))
+        return QKV(*joined(project_added(block.attn, words), project(block.attn, x)), (*of_text, *of_video))
 
-    def finish(self, block: Any, site: Site, state: State, attended: Tensor, aux: Any) -> dict[str, Tensor]:
-        """Both streams."""
-        text, video, by, out = state.streams["text"], state.streams["video"], state.conditioning, attended.flatten(2)
-        lengths = [text.shape[1], video.shape[1]]
-        if isinstance(block, Flux2SingleTransformerBlock):
-            _, _, gate = by["of_both"].chunk(3, dim=-1)
-            out = block.attn.to_out(torch.cat([out, block.attn.mlp_act_fn(aux)], dim=-1))
-            text, video = within_half(torch.cat([text, video], dim=1) + gate * out).split(lengths, dim=1)
-            return {"text": text, "video": video}
-        of_words, of_image = out.split(lengths, dim=1)
-        _, _, gate, *of_text = by["of_text"].chunk(6, dim=-1)
-        text = text + gate * block.attn.to_add_out(of_words)
-        text = within_half(gated_mlp(text, block.norm2_context, block.ff_context, *of_text))
-        _, _, gate, *of_video = by["of_video"].chunk(6, dim=-1)
-        video = video + gate * project_out(block.attn, of_image)
-        return {"text": text, "video": gated_mlp(video, block.norm2, block.ff, *of_video)}
+    def merge(self, block: Any, x: Tensor) -> Tensor:
+        """A single-stream block's last projection, of attention and MLP side by side."""
+        return block.attn.to_out(x)

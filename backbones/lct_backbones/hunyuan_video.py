@@ -19,15 +19,13 @@ Sources: HunyuanVideo, arXiv 2412.03603; ``diffusers.models.transformers.transfo
 ``pipelines.hunyuan_video``.
 """
 
-from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from lct_backbones._diffusers import DiffusersBackbone, joined, project, project_added, project_out
-from lct_core import QKV, Extra, Shot, ShotInput, Site, State, Traits, axis_frequencies
+from lct_backbones._diffusers import DiffusersBackbone, apart, gated_mlp, joined, project, project_added, project_out
+from lct_core import QKV, Extra, ShotInput, Site, State, Traits, axis_frequencies
 
 
 class HunyuanVideoBackbone(DiffusersBackbone):
@@ -38,117 +36,72 @@ class HunyuanVideoBackbone(DiffusersBackbone):
     patches = "(c t h w)"
 
     def describe(self, config: Any) -> Traits:
-        """A pooled prompt, and guidance where the model is distilled."""
-        extras = {"pooled_projections": Extra((config.pooled_projection_dim,), required=True)}
-        if config.guidance_embeds:
-            extras["guidance"] = Extra((), required=True)
-        return self.joint(config, extras, image=True)
-
-    def joint(self, config: Any, extras: dict[str, Extra], *, image: bool) -> Traits:
-        """What the versions have in common; ``image``: whether the condition's channels must be given."""
+        """RoPE; a mask for padding; channels for a condition."""
         self.frequencies = axis_frequencies(config.rope_axes_dim, theta=config.rope_theta, dtype=torch.float32)
-        extras["encoder_attention_mask"] = Extra(("tokens",))
-        if condition := config.in_channels - (config.out_channels or config.in_channels):
-            extras["condition"] = Extra((condition, "frames", "height", "width"), required=image, image=True)
-        patch = (config.patch_size_t, config.patch_size, config.patch_size)
-        joint = {"text": "joint", "text_first": False, "text_mask": "encoder_attention_mask", "extras": extras}
-        return self.common(config, patch=patch, text_width=config.text_embed_dim, **joint)
+        condition = self.condition(config.in_channels - (config.out_channels or config.in_channels))
+        return self.common(
+            config,
+            text="joint",
+            text_first=False,
+            text_tokens=(1, None),
+            text_mask="encoder_attention_mask",
+            extras={**condition, **self.extras(config)},
+        )
 
-    def shot(self, inputs: ShotInput) -> Shot:
-        """As for any model, with some text; a global prompt too needs what is embedded beside the timestep."""
-        shot, takes = super().shot(inputs), self.traits.extras
-        if not shot.text:
-            raise ValueError(
-                "text: got no token, expected at least 1, padding not counted: the model takes the mean of the prompt; "
-                "encode an empty prompt in the text encoder's template, as its pipeline does"
-            )
-        needed = {name for name, extra in takes.items() if extra.required and not extra.image}
-        if missing := sorted(needed - set(inputs.extras)):
-            raise ValueError(
-                f"extras: got {sorted(inputs.extras) or 'none'} for a {inputs.role} shot, but this "
-                f"{type(self.model).__name__} also needs {missing}; pass them as ShotInput(extras={{...}})"
-            )
-        return shot
+    def extras(self, config: Any) -> dict[str, Extra]:
+        """A pooled prompt, and guidance where the model is distilled."""
+        guidance = {"guidance": Extra((), required=True)} if config.guidance_embeds else {}
+        return {"pooled_projections": Extra((config.pooled_projection_dim,), required=True), **guidance}
 
-    def example(self, shot: Shot, **options: Any) -> ShotInput:
-        """With at least one token of text."""
-        return super().example(replace(shot, text=max(shot.text, 1)), **options)
-
-    def arguments(self, inputs: ShotInput, timestep: Tensor) -> dict[str, Any]:
-        """The condition joined to the latents; a mask, which the model must have."""
-        latents, text = inputs.latents, inputs.text
-        extras = {"encoder_attention_mask": text.new_ones(text.shape[:2]), **inputs.extras}
-        if "condition" in extras:
-            latents = torch.cat([latents, extras.pop("condition")], dim=1)
-        return super().arguments(replace(inputs, latents=latents, extras=extras), timestep)
+    def noisy(self, inputs: ShotInput) -> Tensor | None:
+        """All but the first frame, where that is always the image."""
+        if self.model.config.get("image_condition_type") != "token_replace":
+            return None
+        noisy = torch.ones_like(inputs.latents[:, :1, :, :1, :1])
+        noisy[:, :, : self.traits.patch[0]] = 0
+        return noisy
 
     def encode(self, inputs: ShotInput, timestep: Tensor) -> State:
-        """Patches; refined text; the embedding of the time, and that of time 0 for every token of a clean first frame.
-
-        Both embeddings hold the pooled prompt too.
-        """
+        """Patches; refined text; the time, and time 0 for every token of a clean first frame, each with the prompt."""
         given, (_, height, width) = self.arguments(inputs, timestep), self.shot(inputs).grid
         time, clean = self.model.time_text_embed(timestep, given["pooled_projections"], given.get("guidance"))
         video = self.model.x_embedder(given["hidden_states"])
         text = self.model.context_embedder(inputs.text, timestep, given["encoder_attention_mask"])
-        streams, conditioning = {"video": video, "text": text}, {"time": time}
-        if clean is not None:
-            conditioning["clean"] = clean.unsqueeze(1).expand(-1, height * width, -1)
-        return State(streams, conditioning)
+        first = {} if clean is None else {"clean": clean[:, None].expand(-1, height * width, -1)}
+        return State({"video": video, "text": text}, {"time": time, **first})
 
     def qkv(self, block: Any, site: Site, state: State) -> QKV:
         """Of the video, then of the text; a single-stream block needs its input again."""
-        video, text, time = state.streams["video"], state.streams["text"], state.conditioning["time"]
+        video, text = state.streams["video"], state.streams["text"]
         if hasattr(block, "proj_mlp"):
-            both, parts = _normed(block.norm, torch.cat([video, text], dim=1), state)
-            return QKV(*project(block.attn, both), (both, *parts))
-        video, of_video = _normed(block.norm1, video, state)
-        text, *of_text = block.norm1_context(text, emb=time)
-        return QKV(*joined(project(block.attn, video), project_added(block.attn, text)), (*of_text, *of_video))
+            both, gate = _normed(block.norm, torch.cat([video, text], dim=1), **state.conditioning)
+            return QKV(*project(block.attn, both), (both, gate))
+        video, *of_video = _normed(block.norm1, video, **state.conditioning)
+        text, *of_text = _normed(block.norm1_context, text, state.conditioning["time"])
+        return QKV(*joined(project(block.attn, video), project_added(block.attn, text)), (of_video, of_text))
 
     def finish(self, block: Any, site: Site, state: State, attended: Tensor, aux: Any) -> dict[str, Tensor]:
         """Gates and MLPs: one for both streams, or one for each."""
         video, text, out = state.streams["video"], state.streams["text"], attended.flatten(2)
-        lengths, clean = [video.shape[1], text.shape[1]], state.conditioning.get("clean")
         if hasattr(block, "proj_mlp"):
-            both, *parts = aux
-            (gate,) = _of_tokens(parts, sum(lengths), clean)
+            both, gate = aux
             out = torch.cat([out, block.act_mlp(block.proj_mlp(both))], dim=2)
-            both = gate * block.proj_out(out) + torch.cat([video, text], dim=1)
-            video, text = both.split(lengths, dim=1)
+            video, text = apart(torch.cat([video, text], dim=1) + gate * block.proj_out(out), video, text)
             return {"video": video, "text": text}
-        of_video, of_text = out.split(lengths, dim=1)
-        of_video, of_text = project_out(block.attn, of_video), block.attn.to_add_out(of_text)
-        video_parts, text_parts = _of_tokens(aux[4:], lengths[0], clean), _of_tokens(aux[:4], lengths[1], None)
-        return {
-            "video": _gated(block.norm2, block.ff, video, of_video, video_parts),
-            "text": _gated(block.norm2_context, block.ff_context, text, of_text, text_parts),
-        }
-
-    def head(self, state: State) -> Tensor:
-        """The final layer."""
-        return self.model.proj_out(self.model.norm_out(state.streams["video"], state.conditioning["time"]))
+        (gate, *of_video), (text_gate, *of_text) = aux
+        seen, text_seen = apart(out, video, text)
+        video = video + gate * project_out(block.attn, seen)
+        text = text + text_gate * block.attn.to_add_out(text_seen)
+        text = gated_mlp(text, block.norm2_context, block.ff_context, *of_text)
+        return {"video": gated_mlp(video, block.norm2, block.ff, *of_video), "text": text}
 
 
-def _normed(norm: nn.Module, x: Tensor, state: State) -> tuple[Tensor, list[Tensor]]:
-    """The modulated norm, and the rest of the modulation: the shot's, then that of a clean first frame."""
-    time, clean = state.conditioning["time"], state.conditioning.get("clean")
-    x, *parts = norm(x, emb=time) if clean is None else norm(x, time, clean[:, 0], clean.shape[1])
-    return x, parts
-
-
-def _of_tokens(parts: Sequence[Tensor], tokens: int, clean: Tensor | None) -> list[Tensor]:
-    """Parts of a modulation, ``[batch, width]``, as ``[batch, 1 or tokens, width]``."""
-    each = [part.unsqueeze(1) for part in parts]
+def _normed(norm: nn.Module, x: Tensor, time: Tensor, clean: Tensor | None = None) -> tuple[Tensor, ...]:
+    """The modulated norm, and the rest of the modulation, ``[batch, 1 or tokens, width]``."""
     if clean is None:
-        return each
-    first, half = clean.shape[1], len(each) // 2
-    pairs = zip(each[half:], each[:half], strict=True)
-    return [torch.cat([a.expand(-1, first, -1), b.expand(-1, tokens - first, -1)], dim=1) for a, b in pairs]
-
-
-def _gated(norm: nn.Module, mlp: nn.Module, x: Tensor, attended: Tensor, parts: Sequence[Tensor]) -> Tensor:
-    """One stream of a dual-stream block after its attention."""
-    gate, shift, scale, mlp_gate = parts
-    x = x + attended * gate
-    return x + mlp_gate * mlp(norm(x) * (1 + scale) + shift)
+        x, *parts = norm(x, emb=time)
+        return x, *(part[:, None] for part in parts)
+    first = torch.arange(x.shape[1], device=x.device)[:, None] < clean.shape[1]
+    x, *parts = norm(x, time, clean[:, 0], clean.shape[1])
+    half = len(parts) // 2  # those of the shot's own time, then those of time 0
+    return x, *(torch.where(first, b[:, None], a[:, None]) for a, b in zip(parts[:half], parts[half:], strict=True))

@@ -1,4 +1,4 @@
-"""HunyuanVideo-1.5 as diffusers ships it: text to video, image to video, and its step-distilled (MeanFlow) models.
+"""HunyuanVideo-1.5 as diffusers ships it: text to video, and image to video.
 
 HunyuanVideo's dual-stream blocks alone, over ``[video, text]``, text without positions, RoPE as there. Text is made of
 up to three parts, one after the other, each marked by an embedding of its kind:
@@ -12,8 +12,9 @@ up to three parts, one after the other, each marked by an embedding of its kind:
 
 ``condition``, 32 channels of the image's latents and 1 of mask, is always joined to the noise: zeros where there is no
 image, which it is here if left out. A model for image to video (``task_type``) must be given both, zeros if need be.
-A MeanFlow model also takes the timestep that a step leads to, ``timestep_r``, which changes with every step. Rectified
-flow, timesteps 0 to 1000, which the model takes, and so rounds, in its own dtype.
+Rectified flow, timesteps 0 to 1000, which the model takes, and so rounds, in its own dtype.
+
+Not served: the step-distilled (MeanFlow) models, which also take the timestep that a step leads to.
 
 Sources: HunyuanVideo 1.5, arXiv 2511.18870; ``diffusers.models.transformers.transformer_hunyuan_video15`` and
 ``pipelines.hunyuan_video1_5``.
@@ -38,27 +39,28 @@ class HunyuanVideo15Backbone(HunyuanVideoBackbone):
     stacks = ("transformer_blocks",)
 
     def describe(self, config: Any) -> Traits:
-        """A second text and an image; MeanFlow's second timestep."""
+        """As HunyuanVideo, but not MeanFlow."""
+        if config.use_meanflow:
+            raise ValueError(
+                "model: got use_meanflow=True, expected False: a step-distilled model also takes the timestep that "
+                "each step leads to, which samplers here do not give; take a model that is not step-distilled"
+            )
+        return super().describe(config)
+
+    def extras(self, config: Any) -> dict[str, Extra]:
+        """A second text; an image and its tokens, needed for image to video alone."""
         image = config.task_type == "i2v"
-        extras = {
+        return {
             _TEXT_2: Extra(("tokens_2", config.text_embed_2_dim)),
             _MASK_2: Extra(("tokens_2",)),
             _IMAGE: Extra(("image_tokens", config.image_embed_dim), required=image, image=True),
+            **self.condition(config.in_channels - config.out_channels, required=image),
         }
-        if config.use_meanflow:
-            extras["timestep_r"] = Extra((), required=True)
-        return self.joint(config, extras, image=image)
 
     def shot(self, inputs: ShotInput) -> Shot:
         """As for HunyuanVideo; text counts all three parts."""
-        shot, extras = super().shot(inputs), inputs.extras
-        images = extras[_IMAGE].ne(0).flatten(1).any(1).tolist() if _IMAGE in extras else []
-        if len(set(images)) > 1:
-            raise ValueError(
-                f"extras: {_IMAGE} has an image (is not all zeros) in entries {images} of the batch, expected in all "
-                "or in none: the model decides it for all at once; call once for each"
-            )
-        parts = [extras[name].shape[1] for name in (_IMAGE, _TEXT_2) if name in extras]
+        shot = super().shot(inputs)
+        parts = [inputs.extras[name].shape[1] for name in (_IMAGE, _TEXT_2) if name in inputs.extras]
         return replace(shot, text=shot.text + sum(parts))
 
     def prepare(self, inputs: ShotInput) -> ShotInput:
@@ -66,47 +68,42 @@ class HunyuanVideo15Backbone(HunyuanVideoBackbone):
         inputs = super().prepare(inputs)
         extras = dict(inputs.extras)
         if _MASK_2 in extras:
-            extras[_TEXT_2] = _kept(extras.get(_TEXT_2), extras.pop(_MASK_2))
-        if _IMAGE in extras and not extras[_IMAGE].any():
-            extras[_IMAGE] = extras[_IMAGE][:, :0]
+            extras[_TEXT_2] = _kept(_TEXT_2, extras.get(_TEXT_2), extras.pop(_MASK_2))
+        if _IMAGE in extras:
+            there = extras[_IMAGE].flatten(1).any(1, keepdim=True)
+            extras[_IMAGE] = _kept(_IMAGE, extras[_IMAGE], there.expand(extras[_IMAGE].shape[:2]))
         return replace(inputs, extras=extras)
 
-    def example(self, shot: Shot, **options: Any) -> ShotInput:
-        """Without the mask of the second text."""
-        inputs = super().example(shot, **options)
-        return replace(inputs, extras={name: x for name, x in inputs.extras.items() if name != _MASK_2})
-
     def arguments(self, inputs: ShotInput, timestep: Tensor) -> dict[str, Any]:
-        """All parts of the text, their masks and a condition, which the model must have; no tokens where not given."""
+        """All parts of the text, a mask of the second and a condition, which the model must have: empty ones."""
         latents, text, config = inputs.latents, inputs.text, self.model.config
-        extras = {
+        given = {
             _TEXT_2: text.new_zeros(len(text), 0, config.text_embed_2_dim),
             _IMAGE: text.new_zeros(len(text), 0, config.image_embed_dim),
-            "condition": latents.new_zeros(len(latents), config.in_channels - latents.shape[1], *latents.shape[2:]),
+            "condition": latents.new_zeros(len(latents), config.in_channels - config.out_channels, *latents.shape[2:]),
             **inputs.extras,
         }
-        extras = {_MASK_2: text.new_ones(extras[_TEXT_2].shape[:2]), **extras}
-        return super().arguments(replace(inputs, extras=extras), timestep.to(latents.dtype))
+        given.setdefault(_MASK_2, text.new_ones(given[_TEXT_2].shape[:2]))
+        return super().arguments(replace(inputs, extras=given), timestep.to(latents.dtype))
 
     def encode(self, inputs: ShotInput, timestep: Tensor) -> State:
-        """Patches; the parts of the text, each with its kind; the embedding of the time."""
+        """Patches; the parts of the text, each with its kind; the time."""
         model, given = self.model, self.arguments(inputs, timestep)
-        time = model.time_embed(given["timestep"], timestep_r=given.get("timestep_r"))
-        video = model.x_embedder(given["hidden_states"])
         text = model.context_embedder(inputs.text, given["timestep"], given["encoder_attention_mask"])
-        parts = [text, model.context_embedder_2(given[_TEXT_2]), model.image_embedder(given[_IMAGE])]
-        kinds = [model.cond_type_embed(x.new_full(x.shape[:2], kind, dtype=torch.long)) for kind, x in enumerate(parts)]
-        text = torch.cat([x + kind for x, kind in zip(parts, kinds, strict=True)][::-1], dim=1)
+        parts = model.image_embedder(given[_IMAGE]), model.context_embedder_2(given[_TEXT_2]), text
+        kinds = model.cond_type_embed(torch.tensor([2, 1, 0], device=text.device))
+        text = torch.cat([part + kind for part, kind in zip(parts, kinds, strict=True)], dim=1)
+        video, time = model.x_embedder(given["hidden_states"]), model.time_embed(given["timestep"])
         return State({"video": video, "text": text}, {"time": time})
 
 
-def _kept(tokens: Tensor | None, mask: Tensor) -> Tensor:
-    """The tokens of the second text that its mask keeps, as many in every entry of the batch."""
+def _kept(name: str, tokens: Tensor | None, mask: Tensor) -> Tensor:
+    """The tokens that a mask keeps, as many in every entry of the batch."""
     counts = mask.bool().sum(1).tolist()
     if tokens is None or tokens.shape[:2] != mask.shape or len(set(counts)) != 1:
         came = None if tokens is None else list(tokens.shape)
         raise ValueError(
-            f"extras: {_MASK_2} is {list(mask.shape)} and keeps {counts} tokens, {_TEXT_2} is {came}, expected a mask "
-            "for every token, which keeps the same number in every entry of the batch; call once for each"
+            f"extras: {name} is {came}, of which its mask {list(mask.shape)} keeps {counts} tokens (an image of zeros "
+            "has none), expected a mask for every token, and as many in every entry of the batch; call once for each"
         )
     return tokens[mask.bool()].view(len(mask), -1, tokens.shape[2])

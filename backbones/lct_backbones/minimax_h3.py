@@ -25,14 +25,14 @@ Sources: ``diffusers.models.transformers.transformer_minimax_h3``, ``modular_pip
 from typing import Any
 
 import torch
-from diffusers.modular_pipelines.minimax_h3.before_denoise import MiniMaxH3PrepareLayoutStep
-from einops import rearrange
+from diffusers.modular_pipelines.minimax_h3.before_denoise import MiniMaxH3PrepareLayoutStep, patchify_video_latents
 from torch import Tensor, nn
 
 from lct_backbones._diffusers import DiffusersBackbone, gated_mlp, project, project_out
 from lct_core import QKV, RectifiedFlow, Shot, ShotInput, Site, State, Traits, axis_frequencies
 
-_KINDS = ("video", "text", "sound")  # of rows, in the order of their modulations
+_VIDEO, _TEXT, _SOUND = range(3)  # kinds of rows, in the order of their modulations
+_LAYOUT = ("position_ids", "token_tags", "video_indices", "audio_indices", "text_indices")
 
 
 class MiniMaxH3Backbone(DiffusersBackbone):
@@ -45,12 +45,9 @@ class MiniMaxH3Backbone(DiffusersBackbone):
         """A part of the channels is turned; everything upside down: time and prediction."""
         axes = (2 * config.rope_freq_dim,) * 3
         self.frequencies = axis_frequencies(axes, theta=config.rope_theta, dtype=torch.float32)
-        return Traits(
-            latent_channels=config.in_channels,
+        return self.common(
+            config,
             patch=config.patch_size,
-            heads=config.num_attention_heads,
-            kv_heads=config.num_attention_heads,
-            head_dim=config.attention_head_dim,
             text_width=config.text_dim,
             text="joint",
             pairing="half",
@@ -65,17 +62,16 @@ class MiniMaxH3Backbone(DiffusersBackbone):
 
     def arguments(self, inputs: ShotInput, timestep: Tensor) -> dict[str, Any]:
         """Rows, and what the pipeline says of them; no sound."""
-        given, (t, h, w), device = super().arguments(inputs, timestep), self.traits.patch, inputs.latents.device
-        pattern = "b c (f t) (y h) (x w) -> b (f y x) (c t h w)"
-        given["hidden_states"] = rearrange(inputs.latents, pattern, t=t, h=h, w=w)
-        given["audio_hidden_states"] = inputs.latents.new_zeros(len(timestep), 0, self.model.config.audio_in_channels)
-        layout = {name: x.to(device) for name, x in self._layout(self.shot(inputs)).items()}
-        return {**given, **layout, "timestep_indices": torch.zeros_like(layout["token_tags"])}
+        given, layout = super().arguments(inputs, timestep), self._layout(self.shot(inputs))
+        rows = patchify_video_latents(inputs.latents, self.traits.patch).unflatten(0, (len(timestep), -1))
+        sound = rows.new_zeros(len(rows), 0, self.model.config.audio_in_channels)
+        layout = {name: x.to(rows.device) for name, x in layout.items()}
+        return {**given, **layout, "hidden_states": rows, "audio_hidden_states": sound}
 
     def single_shot(self, inputs: ShotInput, timestep: Tensor) -> Tensor:
         """The model's own forward at every entry's timestep, of which that entry counts."""
         given = self.arguments(inputs, timestep)
-        first, entries = given.pop("timestep_indices"), range(len(timestep))
+        first, entries = torch.zeros_like(given["token_tags"]), range(len(timestep))
         rows = [self.model(**given, timestep_indices=first + i, return_dict=False)[0][i] for i in entries]
         return self.unpatchify(torch.stack(rows), self.shot(inputs))
 
@@ -92,7 +88,7 @@ class MiniMaxH3Backbone(DiffusersBackbone):
         """Of all rows, modulated by their kinds."""
         kinds, table = state.conditioning["kinds"], block.adaln_proj(state.conditioning["time"])
         entries = torch.arange(len(kinds), device=kinds.device)[:, None]
-        shift, scale, *modulation = (part[len(_KINDS) * entries + kinds] for part in table)
+        shift, scale, *modulation = (part[3 * entries + kinds] for part in table)
         x = block.norm1(state.streams["rows"]) * (1 + scale) + shift
         return QKV(*project(block.attn, x), tuple(modulation))
 
@@ -106,9 +102,8 @@ class MiniMaxH3Backbone(DiffusersBackbone):
         """The final layer of all rows, by a table of times with a row for every entry of the batch."""
         rows, time = state.streams["rows"], state.conditioning["time"]
         entries = torch.arange(len(rows), device=rows.device).repeat_interleave(rows.shape[1])
-        return _entered(self.model.proj_out, self.model.norm_out(rows.flatten(0, 1), time, entries)).unflatten(
-            0, rows.shape[:2]
-        )
+        rows = self.model.norm_out(rows.flatten(0, 1), time, entries).unflatten(0, rows.shape[:2])
+        return _entered(self.model.proj_out, rows)
 
     def unpatchify(self, tokens: Tensor, shot: Shot) -> Tensor:
         """The last rows are the video's."""
@@ -117,12 +112,11 @@ class MiniMaxH3Backbone(DiffusersBackbone):
     def _layout(self, shot: Shot) -> dict[str, Tensor]:
         """What the model's forward takes to know its rows."""
         (frames, height, width), (_, h, w) = shot.grid, self.traits.patch
-        tags, patch = torch.full((shot.text,), _KINDS.index("text")), self.traits.patch
-        position_ids, token_tags, video, audio, text, *_ = MiniMaxH3PrepareLayoutStep.build_packed_sequence(
-            tags, frames, height * h, width * w, 0, patch, 2, _KINDS.index("sound"), _KINDS.index("video")
+        text = torch.full((shot.text,), _TEXT)
+        rows = MiniMaxH3PrepareLayoutStep.build_packed_sequence(
+            text, frames, height * h, width * w, 0, self.traits.patch, 2, _SOUND, _VIDEO
         )
-        indices = {"video_indices": video, "audio_indices": audio, "text_indices": text}
-        return {"position_ids": position_ids, "token_tags": token_tags, **indices}
+        return dict(zip(_LAYOUT, rows[:5], strict=True))
 
 
 def _entered(linear: nn.Linear, x: Tensor) -> Tensor:

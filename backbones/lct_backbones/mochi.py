@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lct_backbones._diffusers import DiffusersBackbone, joined, project, project_added, project_out
-from lct_core import QKV, Extra, RectifiedFlow, Shot, ShotInput, Site, State, Traits
+from lct_backbones._diffusers import DiffusersBackbone, apart, joined, project, project_added, project_out
+from lct_core import QKV, RectifiedFlow, Shot, ShotInput, Site, State, Traits
 
 _TRAINED = 30 * 53  # tokens of a latent frame of the size that the model was trained at
 
@@ -38,14 +38,11 @@ class MochiBackbone(DiffusersBackbone):
         row = (self.model.rope.target_area / _TRAINED) ** 0.5
         return self.common(
             config,
-            patch=(1, config.patch_size, config.patch_size),
-            text_width=config.text_embed_dim,
             text="joint",
             text_first=False,
             unit=(1.0, row, row),
             timesteps=(1000.0, 0.0),
             path=RectifiedFlow(toward_data=True),
-            extras={"encoder_attention_mask": Extra(("tokens",))},
             text_mask="encoder_attention_mask",
         )
 
@@ -58,15 +55,9 @@ class MochiBackbone(DiffusersBackbone):
         video = self.model.rope._get_positions(*shot.grid, device="cpu", dtype=torch.float32)
         return torch.cat([video, video.new_zeros(shot.text, 3)]).double()
 
-    def arguments(self, inputs: ShotInput, timestep: Tensor) -> dict[str, Any]:
-        """No padding."""
-        mask = torch.ones(inputs.text.shape[:2], dtype=torch.bool, device=inputs.text.device)
-        return {"encoder_attention_mask": mask, **super().arguments(inputs, timestep)}
-
     def encode(self, inputs: ShotInput, timestep: Tensor) -> State:
         """Patches frame by frame; text; time with pooled text."""
-        given, model, latents = self.arguments(inputs, timestep), self.model, inputs.latents
-        mask = given["encoder_attention_mask"]
+        model, latents, mask = self.model, inputs.latents, self.arguments(inputs, timestep)["encoder_attention_mask"]
         time, text = model.time_embed(timestep, inputs.text, mask, hidden_dtype=latents.dtype)
         frames = model.patch_embed(latents.permute(0, 2, 1, 3, 4).flatten(0, 1))
         video = frames.unflatten(0, (len(latents), -1)).flatten(1, 2)
@@ -74,28 +65,23 @@ class MochiBackbone(DiffusersBackbone):
 
     def qkv(self, block: Any, site: Site, state: State) -> QKV:
         """Of both streams, video first."""
-        time, text = state.conditioning["time"], state.streams["text"]
-        x, *gates = block.norm1(state.streams["video"], time)
-        y, *text_gates = (
-            [block.norm1_context(text, time)] if block.context_pre_only else block.norm1_context(text, time)
-        )
-        q, k, v = joined(project(block.attn1, x), project_added(block.attn1, y))
-        return QKV(q, k, v, (tuple(gates), tuple(text_gates)))
+        time = state.conditioning["time"]
+        video, *gates = block.norm1(state.streams["video"], time)
+        text = block.norm1_context(state.streams["text"], time)
+        text, *text_gates = [text] if block.context_pre_only else text
+        return QKV(*joined(project(block.attn1, video), project_added(block.attn1, text)), (gates, text_gates))
 
     def finish(self, block: Any, site: Site, state: State, attended: Tensor, aux: Any) -> dict[str, Tensor]:
         """Both streams; the last block's text stays as it is."""
-        (video, text), attn, (gates, text_gates) = (state.streams[s] for s in ("video", "text")), block.attn1, aux
-        seen, text_seen = attended.flatten(2).split([video.shape[1], text.shape[1]], dim=1)
+        video, text, (gates, text_gates) = state.streams["video"], state.streams["text"], aux
+        seen, text_seen = apart(attended.flatten(2), video, text)
         norms = (block.norm2, block.norm3, block.norm4)
-        changed = {"video": _finished(video, project_out(attn, seen), gates, norms, block.ff)}
-        if not block.context_pre_only:
-            norms = (block.norm2_context, block.norm3_context, block.norm4_context)
-            changed["text"] = _finished(text, attn.to_add_out(text_seen), text_gates, norms, block.ff_context)
-        return changed
-
-    def head(self, state: State) -> Tensor:
-        """The final layer."""
-        return self.model.proj_out(self.model.norm_out(state.streams["video"], state.conditioning["time"]))
+        video = _finished(video, project_out(block.attn1, seen), gates, norms, block.ff)
+        if block.context_pre_only:
+            return {"video": video}
+        norms = (block.norm2_context, block.norm3_context, block.norm4_context)
+        text = _finished(text, block.attn1.to_add_out(text_seen), text_gates, norms, block.ff_context)
+        return {"video": video, "text": text}
 
 
 def _finished(

@@ -175,13 +175,13 @@ def lct_backbones() -> list[BackboneSpec]:
             tested_with="diffusers 0.42",
             support=(
                 Support(
-                    models="HunyuanVideo-1.5 T2V, I2V, distilled, MeanFlow",
+                    models="HunyuanVideo-1.5 T2V, I2V, not step-distilled",
                     text="joint",
                     positions="3D RoPE, 16/56/56, theta 256, fp32",
                     path="rectified flow, velocity",
                     time="0 to 1000",
                     images="condition (33 channels), SigLIP tokens in the text",
-                    tested="T2V, I2V with MeanFlow at tiny sizes",
+                    tested="T2V, I2V at tiny sizes",
                 ),
             ),
         ),

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from lct_backbones._diffusers import gated_mlp, joined, project, project_added, project_out
 from lct_backbones._images import ImageBackbone
-from lct_core import QKV, Extra, Shot, ShotInput, Site, State, Traits
+from lct_core import QKV, Extra, ShotInput, Site, State, Traits
 
 
 class SD3Backbone(ImageBackbone):
@@ -44,16 +44,6 @@ class SD3Backbone(ImageBackbone):
             pairing=None,
             extras={"pooled_projections": pooled, **self.condition(config.in_channels - channels)},
         )
-
-    def shot(self, inputs: ShotInput) -> Shot:
-        """As for any image model; no larger than the grid of positions, where that is cropped."""
-        shot, cells, patch = super().shot(inputs), self.model.config.pos_embed_max_size, self.model.config.patch_size
-        if cells and max(shot.grid) > cells:
-            raise ValueError(
-                f"latents: got height, width {tuple(inputs.latents.shape[3:])}, expected at most "
-                f"{(cells * patch,) * 2}: the model has no position beyond; make the image smaller"
-            )
-        return shot
 
     def sites(self, block: Any) -> tuple[Site, ...]:
         """The second attention first: both see what the block was given, and the joint one's finish ends the block."""
@@ -101,7 +91,3 @@ class SD3Backbone(ImageBackbone):
             text = text + of_text[0] * block.attn.to_add_out(of_words)
             changed["text"] = gated_mlp(text, block.norm2_context, block.ff_context, *of_text[1:])
         return changed
-
-    def head(self, state: State) -> Tensor:
-        """The final layer."""
-        return self.model.proj_out(self.model.norm_out(state.streams["video"], state.conditioning["time"]))

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lct_backbones._diffusers import token_timesteps
 from lct_backbones.wan import WanBackbone
 from lct_core import Extra, Shot, ShotInput, State, Traits
 
@@ -55,27 +54,21 @@ class SkyReelsV2Backbone(WanBackbone):
         return shot
 
     def arguments(self, inputs: ShotInput, timestep: Tensor) -> dict[str, Any]:
-        """Timesteps of frames; frames per second once for the whole batch."""
-        extras = dict(inputs.extras)
-        mask, fps = extras.pop("timestep_mask", None), extras.pop("fps", 1)
-        given = super().arguments(replace(inputs, extras=extras), timestep)
+        """Diffusion forcing where frames have timesteps; frames per second once for the whole batch."""
+        given = super().arguments(inputs, timestep)
         if "fps" in self.traits.extras:
-            given["fps"] = [fps]
-        if mask is not None:
-            frames = token_timesteps(timestep, mask[..., None, None], (self.traits.patch[0], 1, 1))
-            given |= {"timestep": frames, "enable_diffusion_forcing": True}
-        return given
+            given["fps"] = [given.get("fps", 1)]
+        return {**given, "enable_diffusion_forcing": given["timestep"].ndim == 2}
 
     def encode(self, inputs: ShotInput, timestep: Tensor) -> State:
         """Patches; text; the six modulations of a block, for the shot or for every frame, then for its tokens."""
         given, model = self.arguments(inputs, timestep), self.model
-        video = model.patch_embedding(given["hidden_states"])
-        image = given.get("encoder_hidden_states_image")
+        video, image = model.patch_embedding(given["hidden_states"]), given.get("encoder_hidden_states_image")
         time, modulation, text, image = model.condition_embedder(given["timestep"], inputs.text, image)
         if "fps" in given:
             fps = torch.tensor(given["fps"], dtype=torch.long, device=video.device)
             modulation = modulation + model.fps_projection(model.fps_embedding(fps))
-        if given["timestep"].ndim == 2:
+        if given["enable_diffusion_forcing"]:
             area = video.shape[3] * video.shape[4]
             time, modulation = (x.repeat_interleave(area, dim=1) for x in (time, modulation))
         return self.state(video.flatten(2).transpose(1, 2), time, modulation, text, image)

@@ -14,15 +14,14 @@ Wan 2.2 A14B is two models, each for its half of the noise levels: retrofit both
 Sources: Wan, arXiv 2503.20314; ``diffusers.models.transformers.transformer_wan`` and ``pipelines.wan``.
 """
 
-from dataclasses import replace
 from typing import Any
 
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
 
-from lct_backbones._diffusers import DiffusersBackbone, project, project_out, token_timesteps
-from lct_core import QKV, Extra, Shot, ShotInput, Site, State, Traits, axis_frequencies
+from lct_backbones._diffusers import DiffusersBackbone, project, project_out
+from lct_core import QKV, Extra, ShotInput, Site, State, Traits, axis_frequencies
 
 _IMAGE = "encoder_hidden_states_image"
 _TEXT = 512  # text tokens that an I2V model expects behind those of the image: it splits there
@@ -35,47 +34,19 @@ class WanBackbone(DiffusersBackbone):
     stacks = ("blocks",)
 
     def describe(self, config: Any) -> Traits:
-        """Frames get the channels that do not divide by three."""
-        rope, condition = self.model.rope, config.in_channels - (config.out_channels or config.in_channels)
-        if condition < 0 or (config.image_dim is None) != (config.added_kv_proj_dim is None):
-            raise ValueError(
-                f"model: got in_channels={config.in_channels}, out_channels={config.out_channels}, image_dim="
-                f"{config.image_dim}, added_kv_proj_dim={config.added_kv_proj_dim}, expected at least as many channels "
-                "in as out, and both of the others or neither, as every checkpoint has; set the configuration so"
-            )
+        """Frames get the channels that do not divide by three; beside CLIP tokens, the model expects 512 of text."""
+        rope, traits = self.model.rope, {"text": "cross", "text_width": config.text_dim, "patch": config.patch_size}
         self.frequencies = axis_frequencies((rope.t_dim, rope.h_dim, rope.w_dim))
-        extras = {"timestep_mask": Extra(("frames", "height", "width"), image=True)}
-        if condition:
-            extras["condition"] = Extra((condition, "frames", "height", "width"), required=True, image=True)
+        extras = self.condition(config.in_channels - (config.out_channels or config.in_channels))
+        extras["timestep_mask"] = Extra(("frames", "height", "width"), image=True)
         if config.image_dim is not None:
             extras[_IMAGE] = Extra((config.pos_embed_seq_len or "tokens", config.image_dim), required=True, image=True)
-        return self.common(config, patch=config.patch_size, text_width=config.text_dim, text="cross", extras=extras)
-
-    def shot(self, inputs: ShotInput) -> Shot:
-        """As for any model; beside an image, text must have the 512 tokens that the model expects."""
-        shot = super().shot(inputs)
-        if _IMAGE in inputs.extras and shot.text != _TEXT:
-            raise ValueError(
-                f"text: got {list(inputs.text.shape)}, expected {_TEXT} tokens beside {_IMAGE}: the model finds the "
-                "image's tokens by it; pad the encoded prompt with zeros, as its pipeline does"
-            )
-        return shot
-
-    def example(self, shot: Shot, **options: Any) -> ShotInput:
-        """Beside an image, with the text that the model expects."""
-        return super().example(replace(shot, text=_TEXT) if _IMAGE in self.traits.extras else shot, **options)
-
-    def sites(self, block: nn.Module) -> tuple[Site, ...]:
-        """Self-attention, then text (and the image, which stays inside its shot)."""
-        return (Site("attn1"), Site("attn2", "text"))
+            traits["text_tokens"] = (_TEXT, _TEXT)
+        return self.common(config, extras=extras, **traits)
 
     def arguments(self, inputs: ShotInput, timestep: Tensor) -> dict[str, Any]:
-        """The condition joined to the latents; timesteps of tokens; two images of a shot as entries of the batch."""
+        """Two images of a shot as entries of the batch."""
         given = super().arguments(inputs, timestep)
-        if (condition := given.pop("condition", None)) is not None:
-            given["hidden_states"] = torch.cat([inputs.latents, condition], dim=1)
-        if (mask := given.pop("timestep_mask", None)) is not None:
-            given["timestep"] = token_timesteps(timestep, mask, self.traits.patch)
         if _IMAGE in given and self.model.config.pos_embed_seq_len is not None:
             given[_IMAGE] = given[_IMAGE].unflatten(1, (2, -1)).flatten(0, 1)
         return given
@@ -92,7 +63,7 @@ class WanBackbone(DiffusersBackbone):
     def state(self, video: Tensor, time: Tensor, modulation: Tensor, text: Tensor, image: Tensor | None) -> State:
         """Time and its modulations get an axis of tokens, of 1 where the shot has one timestep."""
         batch, _, width = video.shape
-        time, modulation = time.reshape(batch, -1, width), modulation.reshape(batch, -1, 6, width)
+        time, modulation = time.view(batch, -1, 1, width), modulation.view(batch, -1, 6, width)
         conditioning = {"time": time, "modulation": modulation, "text": text}
         if image is not None:
             both = torch.cat([image, text], dim=1)  # then parts of it, as in the model: strides decide the last bits
@@ -101,18 +72,18 @@ class WanBackbone(DiffusersBackbone):
 
     def qkv(self, block: Any, site: Site, state: State) -> QKV:
         """Of the video; or queries of the video, keys and values of the text."""
-        video, attn, image = state.streams["video"], getattr(block, site.name), state.conditioning.get("image")
+        video, attn, of = state.streams["video"], getattr(block, site.name), state.conditioning
         if site.name == "attn1":
-            shift, scale, *_ = _modulations(block, state)
+            shift, scale, *_ = _modulations(block, of["modulation"].float())
             return QKV(*project(attn, _modulated(block.norm1, video, shift, scale), across_heads=True))
         x = block.norm2(video.float()).type_as(video)
-        q, k, v = project(attn, x, state.conditioning["text"], across_heads=True)
-        return QKV(q, k, v, None if image is None else _attend_image(attn, q, image))
+        q, k, v = project(attn, x, of["text"], across_heads=True)
+        return QKV(q, k, v, _attend_image(attn, q, of["image"]) if "image" in of else None)
 
     def finish(self, block: Any, site: Site, state: State, attended: Tensor, aux: Any) -> dict[str, Tensor]:
         """The gate of the self-attention; or the text's output, and the MLP."""
         video, attn, out = state.streams["video"], getattr(block, site.name), attended.flatten(2)
-        _, _, gate, shift, scale, mlp_gate = _modulations(block, state)
+        _, _, gate, shift, scale, mlp_gate = _modulations(block, state.conditioning["modulation"].float())
         if site.name == "attn1":
             return {"video": (video.float() + project_out(attn, out) * gate).type_as(video)}
         video = video + project_out(attn, out if aux is None else out + aux)
@@ -121,12 +92,13 @@ class WanBackbone(DiffusersBackbone):
 
     def head(self, state: State) -> Tensor:
         """The final layer."""
-        shift, scale = (self.model.scale_shift_table + state.conditioning["time"].unsqueeze(-2)).unbind(-2)
+        shift, scale = _modulations(self.model, state.conditioning["time"])
         return self.model.proj_out(_modulated(self.model.norm_out, state.streams["video"], shift, scale))
 
 
-def _modulations(block: Any, state: State) -> tuple[Tensor, ...]:
-    return (block.scale_shift_table + state.conditioning["modulation"].float()).unbind(-2)
+def _modulations(module: Any, of_time: Tensor) -> tuple[Tensor, ...]:
+    """The rows of a module's table, each with its part of the time's ``[batch, 1 or tokens, rows, width]``."""
+    return (module.scale_shift_table + of_time).unbind(-2)
 
 
 def _modulated(norm: nn.Module, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
