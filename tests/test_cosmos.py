@@ -76,7 +76,7 @@ def test_padding_of_the_text_is_cut_off_as_the_model_masks_it():
     shot = shot_of(model, text=5)
     (out,) = model([replace(shot, extras={**shot.extras, "attention_mask": mask})], t[:, None])
     given = model.adapter.arguments(shot, t)
-    expected = own(**given, attention_mask=mask.bool(), return_dict=False)[0]
+    expected = own(**{**given, "attention_mask": mask.bool()}, return_dict=False)[0]
     assert error(out, expected) <= FLOAT32["masked"].absolute
     assert error(out, own(**given, return_dict=False)[0]) > 1e-3
 
@@ -90,7 +90,7 @@ def test_tokens_of_an_image_are_seen():
 
 
 def test_predict_1_and_control_are_refused():
-    with pytest.raises(ValueError, match=r"extra_pos_embed_type='learnable'.*EDM.*use Predict 2 or 2\.5"):
+    with pytest.raises(ValueError, match=r"extra_pos_embed_type='learnable'.*EDM.*use 2 or 2\.5"):
         retrofit(cosmos(extra_pos_embed_type="learnable"))
     model = retrofit(cosmos(**VIDEO, controlnet_block_every_n=2))
     with pytest.raises(ValueError, match=r"extras: got \['block_controlnet_hidden_states'\].*does not take"):

@@ -107,6 +107,7 @@ def test_lora_through_peft(case, after):
     scene, model = Scene(case), case.model()
     scene_model = retrofit(model) if after else None
     targets = [name for name, module in model.named_modules() if name.endswith(("to_q", "add_k_proj"))]
+    targets = [name for name in targets if "audio" not in name]  # of LTX-2's audio the video knows nothing
     assert targets
     config = peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
     with torch.random.fork_rng():

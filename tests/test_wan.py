@@ -36,6 +36,8 @@ def test_timesteps_of_tokens_are_the_pipelines():
     expected = (mask[0][0][:, ::2, ::2] * t).flatten()[None]  # as WanImageToVideoPipeline has it
     given = model.adapter.arguments(changed(shot, timestep_mask=mask[:, 0]), torch.tensor([t]))
     assert torch.equal(given["timestep"], expected)
+    given = model.adapter.arguments(changed(shot, timestep_mask=mask[:, 0].bool()), torch.tensor([t]))
+    assert torch.equal(given["timestep"], expected)
     (got,) = model([changed(shot, timestep_mask=mask[:, 0])], T[:1])
     own = wan()(shot.latents, expected, shot.text, return_dict=False)[0]
     assert torch.equal(got, own)
@@ -65,7 +67,7 @@ def test_a_global_prompt_beside_an_image_needs_no_image():
     t = torch.cat([torch.zeros(1), T[:1]])
     _, twice = model([ShotInput(text=shot.text, role="global"), shot], t)
     assert error(twice, alone) <= FLOAT32["definition"].absolute  # keys that come twice weigh the same
-    _, other = model([ShotInput(text=torch.randn(1, 4, 16), role="global"), shot], t)
+    _, other = model([ShotInput(text=torch.randn(1, 512, 16), role="global"), shot], t)
     assert error(other, alone) > 1e-3
 
 

@@ -42,8 +42,8 @@ class CosmosBackbone(DiffusersBackbone):
         """Every axis has a theta of its own; Predict 1 is refused."""
         if config.extra_pos_embed_type is not None:
             raise ValueError(
-                f"model: got Cosmos Predict 1 (extra_pos_embed_type={config.extra_pos_embed_type!r}), which was trained "
-                "with EDM: its time is not linear in the noise level; expected None; use Predict 2 or 2.5"
+                f"model: got extra_pos_embed_type={config.extra_pos_embed_type!r}, expected None: Predict 1, with "
+                "learned positions, was trained with EDM, whose time is not linear in the noise level; use 2 or 2.5"
             )
         rope = self.model.rope
         axes = ((rope.dim_t, rope.t_ntk_factor), (rope.dim_h, rope.h_ntk_factor), (rope.dim_w, rope.w_ntk_factor))

@@ -28,13 +28,13 @@ from typing import Any, ClassVar
 
 import torch
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from lct_backbones._diffusers import DiffusersBackbone, project, project_out, token_timesteps
-from lct_core import QKV, Extra, ShotInput, Site, State, Traits
+from lct_backbones._diffusers import DiffusersBackbone, gated_mlp, project, project_out
+from lct_core import QKV, Extra, Shot, ShotInput, Site, State, Traits
 
-_FRAMES, _PIXELS, _RATE = 8, 32, 25  # of the video to a latent, and to a second
+_FRAMES, _PIXELS = 8, 32  # of the video to a latent
 
 
 class LTXBackbone(DiffusersBackbone):
@@ -42,39 +42,33 @@ class LTXBackbone(DiffusersBackbone):
 
     processors: ClassVar[tuple[str, ...]] = ("LTXVideoAttnProcessor",)
     patches = "(c t h w)"
+    #: Frames of the video to a second, where a shot says nothing else; and the numbers that say where tokens lie.
+    rate: ClassVar[int] = 25
+    numbers: ClassVar[tuple[str, ...]] = ("frame_rate", "causal_temporal_positioning")
 
     def describe(self, config: Any) -> Traits:
-        """Positions are the VAE's frames and pixels."""
+        """Positions are the VAE's frames and pixels; the model counts the channels of a patch."""
         t, p = config.patch_size_t, config.patch_size
-        return self.packed(
+        frames, height, width = config.get("vae_scale_factors", (_FRAMES, _PIXELS, _PIXELS))
+        extras = {"timestep_mask": Extra(("frames", "height", "width"), image=True)}
+        return self.common(
             config,
+            latent_channels=config.in_channels // (t * p * p),
             text_width=config.caption_channels,
-            unit=(_FRAMES * t / _RATE, _PIXELS * p, _PIXELS * p),
-            extras={"frame_rate": Extra(None), "causal_temporal_positioning": Extra(None)},
+            text="cross",
+            text_mask="encoder_attention_mask",
+            unit=(frames * t / self.rate, height * p, width * p),
+            extras=extras | {name: Extra(None) for name in self.numbers},
         )
 
-    def packed(self, config: Any, *, extras: dict[str, Extra], **traits: Any) -> Traits:
-        """The model counts the channels of a patch; its text has a mask."""
-        t, p, mask = config.patch_size_t, config.patch_size, "encoder_attention_mask"
-        channels, size = config.in_channels // (t * p * p), ("frames", "height", "width")
-        extras = {mask: Extra(("tokens",)), "timestep_mask": Extra(size, image=True), **extras}
-        shared = {"latent_channels": channels, "patch": (t, p, p), "text": "cross", "text_mask": mask}
-        return self.common(config, extras=extras, **shared, **traits)
-
-    def sites(self, block: nn.Module) -> tuple[Site, ...]:
-        """Self-attention, then text."""
-        return (Site("attn1"), Site("attn2", "text"))
-
-    def coordinates(self, inputs: ShotInput, shot: Any) -> Tensor:
+    def coordinates(self, inputs: ShotInput, shot: Shot) -> Tensor:
         """Seconds and pixels, as the pipelines compute them."""
-        frame, row, column = super().coordinates(inputs, shot).float().unbind(1)
         t, p, _ = self.traits.patch
-        rate = inputs.extras.get("frame_rate", _RATE)
+        coords = super().coordinates(inputs, shot).float() * torch.tensor([_FRAMES * t, _PIXELS * p, _PIXELS * p])
         if inputs.extras.get("causal_temporal_positioning", False):
-            seconds = (frame * t * _FRAMES + 1 - _FRAMES).clamp(min=0) * (1.0 / rate)
-        else:
-            seconds = frame * (_FRAMES / rate) * t
-        return torch.stack([seconds, row * _PIXELS * p, column * _PIXELS * p], dim=1).double()
+            coords[:, 0] = (coords[:, 0] + 1 - _FRAMES).clamp(min=0)
+        coords[:, 0] *= 1.0 / inputs.extras.get("frame_rate", self.rate)
+        return coords.double()
 
     def rope(self, coords: Tensor) -> Tensor:
         """The model's own float32 angles of a shot's tokens, all of them, and float64 ones for its diagonal steps.
@@ -82,47 +76,39 @@ class LTXBackbone(DiffusersBackbone):
         Its own angles have too few digits for a long scene. The first token lies less than 3/4 of a step from where
         the shot starts, so its row says how many steps that is.
         """
-        rope, unit = self.model.rope, coords.new_tensor(self.traits.unit)
-        sizes = (rope.base_num_frames, rope.base_height, rope.base_width)
+        unit, double = coords.new_tensor(self.traits.unit), getattr(self.model.rope, "double_precision", False)
         steps = (coords[:1, 1:2] / unit[1] + 0.25).floor()
-        axes = (coords - steps * unit).float().unbind(1)
-        own = torch.stack([axis / size for axis, size in zip(axes, sizes, strict=True)], dim=1)
-        turned = self._turned(own * 2 - 1, torch.float64 if getattr(rope, "double_precision", False) else torch.float32)
-        if not bool(steps.any()):
-            return turned
-        return turned.double() + self._turned(2 * steps * unit / unit.new_tensor(sizes), torch.float64)
+        own = (coords - steps * unit).float()
+        turned = self._turned(own, start=1, series=torch.float64 if double else torch.float32)
+        return turned.double() + self._turned(steps * unit, start=0, series=torch.float64) if steps.any() else turned
 
     def arguments(self, inputs: ShotInput, timestep: Tensor) -> dict[str, Any]:
-        """Packed latents and their coordinates; timesteps of tokens."""
-        given, (t, p, _) = super().arguments(inputs, timestep), self.traits.patch
-        coords = self.coordinates(inputs, replace(self.shot(inputs), text=0)).float().to(inputs.latents.device)
-        given["hidden_states"] = rearrange(
-            inputs.latents, "b c (f t) (y h) (x w) -> b (f y x) (c t h w)", t=t, h=p, w=p
-        )
-        if "timestep_mask" in given:
-            given["timestep"] = token_timesteps(timestep, given.pop("timestep_mask"), self.traits.patch)
-        given = {name: x for name, x in given.items() if name not in ("frame_rate", "causal_temporal_positioning")}
-        coords = coords.T.expand(len(inputs.latents), -1, -1)
-        return {"encoder_attention_mask": None, **given, "video_coords": coords}
+        """Packed latents and their coordinates."""
+        given, latents, (t, p, _) = super().arguments(inputs, timestep), inputs.latents, self.traits.patch
+        coords = self.coordinates(inputs, replace(self.shot(inputs), text=0)).to(latents.device, torch.float32)
+        pattern = f"b c (f t) (y h) (x w) -> b (f y x) {self.patches}"
+        given["hidden_states"] = rearrange(latents, pattern, t=t, h=p, w=p)
+        given["video_coords"] = coords.T.expand(len(latents), -1, -1)
+        return {name: x for name, x in given.items() if name not in self.numbers}
 
     def single_shot(self, inputs: ShotInput, timestep: Tensor) -> Tensor:
         """The model's own forward, between packing and unpacking."""
         return self.unpatchify(super().single_shot(inputs, timestep), self.shot(inputs))
 
     def encode(self, inputs: ShotInput, timestep: Tensor) -> State:
-        """Tokens; text; the six modulations of a block, for the shot or for every token."""
+        """Tokens; text; the modulations of a block, for the shot or for every token."""
         given = self.arguments(inputs, timestep)
-        video = self.model.proj_in(given["hidden_states"])
-        batch, _, width = video.shape
-        modulation, time = self.model.time_embed(
-            given["timestep"].flatten(), batch_size=batch, hidden_dtype=video.dtype
-        )
-        conditioning = {
-            "modulation": modulation.view(batch, -1, 6, width),
-            "time": time.view(batch, -1, 1, width),
-            "text": self.model.caption_projection(given["encoder_hidden_states"]),
-        }
-        return State({"video": video}, conditioning)
+        video, text = self.model.proj_in(given["hidden_states"]), given["encoder_hidden_states"]
+        if hasattr(self.model, "caption_projection"):
+            text = self.model.caption_projection(text)
+        modulation, time = self.timed(self.model.time_embed, given["timestep"], video)
+        return State({"video": video}, {"modulation": modulation, "time": time, "text": text})
+
+    def timed(self, embed: Any, timestep: Tensor, video: Tensor) -> tuple[Tensor, Tensor]:
+        """Modulations and the embedding of timesteps, ``[batch, 1 or tokens, rows, width]``."""
+        modulation, time = embed(timestep.flatten(), batch_size=len(video), hidden_dtype=video.dtype)
+        tokens = timestep.numel() // len(video)
+        return modulation.view(len(video), tokens, -1, video.shape[2]), time.view(len(video), tokens, 1, video.shape[2])
 
     def qkv(self, block: Any, site: Site, state: State) -> QKV:
         """Of the video; or queries of the video, keys and values of the text."""
@@ -135,27 +121,26 @@ class LTXBackbone(DiffusersBackbone):
     def finish(self, block: Any, site: Site, state: State, attended: Tensor, aux: Any) -> dict[str, Tensor]:
         """The gate of the self-attention; or the text's output, and the MLP."""
         video, out = state.streams["video"], project_out(getattr(block, site.name), attended.flatten(2))
-        parts = modulations(block.scale_shift_table, state.conditioning["modulation"])
-        _, _, gate, shift, scale, mlp_gate = parts
+        _, _, gate, *of_mlp = modulations(block.scale_shift_table, state.conditioning["modulation"])
         if site.name == "attn1":
             return {"video": video + out * gate}
-        video = video + out
-        return {"video": video + block.ff(block.norm2(video) * (1 + scale) + shift) * mlp_gate}
+        return {"video": gated_mlp(video + out, block.norm2, block.ff, *of_mlp)}
 
     def head(self, state: State) -> Tensor:
         """The final layer."""
         shift, scale = modulations(self.model.scale_shift_table, state.conditioning["time"])
         return self.model.proj_out(self.model.norm_out(state.streams["video"]) * (1 + scale) + shift)
 
-    def _turned(self, fractions: Tensor, dtype: torch.dtype) -> Tensor:
-        """Angles at fractions of the base sizes, ``[tokens, heads, pairs]``; ``dtype`` is that of the series."""
-        width = self.traits.heads * self.traits.head_dim
-        powers = self.model.rope.theta ** torch.linspace(0.0, 1.0, width // 6, dtype=dtype, device=fractions.device)
-        frequencies = (powers * math.pi / 2.0).to(fractions.dtype)
-        turned = (frequencies * fractions.unsqueeze(-1)).transpose(1, 2).flatten(1)
-        return F.pad(turned, (width // 2 - turned.shape[1], 0)).unflatten(1, (self.traits.heads, -1))
+    def _turned(self, coords: Tensor, *, start: int, series: torch.dtype) -> Tensor:
+        """Angles ``[tokens, heads, pairs]``: a series times (2 x - ``start``), with x in units of the base sizes."""
+        rope, heads, pairs = self.model.rope, self.traits.heads, self.traits.heads * self.traits.head_dim // 2
+        sizes = rope.base_num_frames, rope.base_height, rope.base_width
+        shares = torch.stack([axis / size for axis, size in zip(coords.unbind(1), sizes, strict=True)], dim=1)
+        powers = rope.theta ** torch.linspace(0.0, 1.0, pairs // 3, dtype=series, device=coords.device)
+        turned = (shares.unsqueeze(-1) * 2 - start) * (powers * math.pi / 2.0).to(coords.dtype)
+        return F.pad(turned.transpose(1, 2).flatten(1), (pairs % 3, 0)).unflatten(1, (heads, -1))
 
 
-def modulations(table: Tensor, of_time: Tensor) -> tuple[Tensor, ...]:
-    """The rows of a block's table, each with its part of the time's ``[batch, 1 or tokens, rows, width]``."""
+def modulations(table: Tensor, of_time: Tensor | int) -> tuple[Tensor, ...]:
+    """The rows of a table, each with its part of the time's ``[batch, 1 or tokens, rows, width]``."""
     return (table[None, None] + of_time).unbind(2)

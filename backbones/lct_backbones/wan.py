@@ -55,9 +55,8 @@ class WanBackbone(DiffusersBackbone):
         """Patches; text; the six modulations of a block, for the shot or for every token."""
         given = self.arguments(inputs, timestep)
         video, times = self.model.patch_embedding(given["hidden_states"]), given["timestep"]
-        embedded = self.model.condition_embedder(
-            times.flatten(), inputs.text, given.get(_IMAGE), times.shape[1] if times.ndim == 2 else None
-        )
+        tokens = times.shape[1] if times.ndim == 2 else None
+        embedded = self.model.condition_embedder(times.flatten(), inputs.text, given.get(_IMAGE), tokens)
         return self.state(video.flatten(2).transpose(1, 2).contiguous(), *embedded)
 
     def state(self, video: Tensor, time: Tensor, modulation: Tensor, text: Tensor, image: Tensor | None) -> State:
