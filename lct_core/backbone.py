@@ -7,7 +7,7 @@ after. Everything between is the engine's (:mod:`lct_core.scene_model`): coordin
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import torch
 from jaxtyping import Float, Shaped
@@ -203,6 +203,13 @@ class Traits:
     extras: Mapping[str, Extra] = field(default_factory=dict)
     text_mask: str | None = None
 
+    def __post_init__(self) -> None:
+        for name, kind in (("text", TextPath), ("pairing", Pairing)):
+            if (value := getattr(self, name)) not in (*get_args(kind), *((None,) if name == "pairing" else ())):
+                raise ValueError(f"{name}: got {value!r}, expected one of {get_args(kind)}")
+        if not isinstance(self.path, Path):
+            raise ValueError(f"path: got {self.path!r}, expected a lct_core.noise.Path, with all of its methods")
+
     def timestep(self, level: Tensor) -> Tensor:
         """The model's own timestep at a noise level between 0, clean, and 1, noise."""
         clean, noise = self.timesteps
@@ -349,18 +356,40 @@ class Backbone(ABC):
             for name, extra in self.traits.extras.items()
             if extra.shape is not None and name != self.traits.text_mask
         }
+        if "timestep_mask" in extras:  # each token clean or noisy, one of them noisy
+            per_frame = extras["timestep_mask"].ndim == 2
+            mask = torch.rand(batch, *shot.grid[: 1 if per_frame else 3], generator=generator) < 0.7
+            mask.view(batch, -1)[:, 0] = True
+            for axis, size in zip(range(1, mask.ndim), self.traits.patch, strict=False):
+                mask = mask.repeat_interleave(size, dim=axis)
+            extras["timestep_mask"] = mask.to(dtype)
         return ShotInput(latents=latents.to(dtype), text=text.to(dtype), extras=extras, role=shot.role)
 
     def noisy(self, inputs: ShotInput) -> Tensor | None:
-        """Where a shot's latents are at its noise level, 1, and where a clean condition, 0 (None: nowhere).
+        """Where a shot's latents are at its noise level, and where they are a clean condition (None: nowhere).
 
-        ``[batch, 1, frames or 1, height or 1, width or 1]``.
+        Boolean, ``[batch, 1, frames, height or 1, width or 1]``. What is clean stays as it is in sampling, and has no
+        loss in training. Default: the extra ``timestep_mask``, ``[batch, frames]`` or ``[batch, frames, height,
+        width]``, where the shot has it.
 
-        What is clean stays as it is in sampling, and has no loss in training. Default: the extra ``timestep_mask``,
-        for every latent frame or for every latent, where the shot has it.
+        Raises:
+            ValueError: for a mask of another shape, with other values than 0 and 1, or that cuts a token in two.
         """
-        mask = inputs.extras.get("timestep_mask")
-        return None if mask is None else mask.reshape(len(mask), 1, *mask.shape[1:], *[1] * (4 - mask.ndim))
+        if (mask := inputs.extras.get("timestep_mask")) is None:
+            return None
+        self._check_extras(inputs)
+        mask = mask.reshape(len(mask), 1, *mask.shape[1:], *[1] * (4 - mask.ndim))
+        (t, h, w), spatial = self.traits.patch, mask.shape[3:] != (1, 1)
+        patches = mask.unfold(2, t, t)
+        if spatial:
+            patches = patches.unfold(3, h, h).unfold(4, w, w)
+        patches = patches.flatten(5)
+        if not bool(((patches == 0).all(-1) | (patches == 1).all(-1)).all()):
+            raise ValueError(
+                "extras: timestep_mask has other values than 0 and 1, or both in one token, expected 0 where latents "
+                f"are clean, 1 where they are at the shot's noise level, alike in every patch of {self.traits.patch}"
+            )
+        return mask.bool()
 
     def prepare(self, inputs: ShotInput) -> ShotInput:
         """The shot as :meth:`encode` gets it: padding cut off its text, and a global shot's image conditions zero.

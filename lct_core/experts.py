@@ -3,7 +3,6 @@
 from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -21,6 +20,7 @@ class ExpertCache:
 
     def __init__(self, *, capacity: int = 0) -> None:
         self.high, self.low = KVCache(capacity=capacity), KVCache(capacity=capacity)
+        self.written_by_both = False
 
     @property
     def shots(self) -> tuple[CachedShot, ...]:
@@ -43,14 +43,14 @@ class ExpertCache:
         Raises:
             ValueError: where only one expert has written them since, and as :meth:`KVCache.append` does.
         """
-        high, low = self.high.staged, self.low.staged
-        if high is not low and (high is None or low is None or not torch.equal(high.levels, low.levels)):
+        if not self.written_by_both and (self.high.staged or self.low.staged):
             raise ValueError(
                 "append: one expert alone has written these shots last; both need them: pass them once more, at their "
                 "level as history, with denoised=()"
             )
         self.high.append(*ids)
         self.low.append(*ids)
+        self.written_by_both = False
 
     def select(self, ids: Iterable[Hashable], *, reposition: bool = True) -> None:
         """Choose the shots that later calls see, see :meth:`KVCache.select`."""
@@ -122,19 +122,25 @@ class Experts:
             chosen = [high, low]
         else:
             chosen = [high if self._is_high(shots, t, denoised) else low]
+        if cache is not None:
+            cache.written_by_both = False
         *_, outputs = [expert(shots, t, pattern=pattern, cache=own) for expert, own in chosen]
+        if cache is not None:
+            cache.written_by_both = len(chosen) == 2
         return outputs
 
     def _is_high(self, shots: Scene | Sequence[Scene], t: Tensor, denoised: Sequence[int] | None) -> bool:
         scenes, _ = as_scenes(shots)
         inputs = [shot for scene in scenes for shot in scene]
-        levels = noise_levels(t, [shot.role for shot in inputs], len(inputs[0].text))
+        batch = len(inputs[0].text) if isinstance(inputs[0].text, Tensor) else 1  # else the expert says what is wrong
+        levels = noise_levels(t, [shot.role for shot in inputs], batch)
+        shots_alone = [i for i, shot in enumerate(inputs) if shot.role == "shot"]
         if denoised is None:
             deciding = levels.amax(dim=1)
-        elif all(isinstance(i, int) and 0 <= i < len(inputs) for i in denoised):
+        elif set(denoised) <= set(shots_alone):
             deciding = levels[:, list(denoised)]
         else:
-            raise ValueError(f"denoised: got {list(denoised)}, expected shots counted from 0, below {len(inputs)}")
+            raise ValueError(f"denoised: got {list(denoised)}, expected some of {shots_alone}: shots, counted from 0")
         high = deciding >= self.boundary
         if bool(high.any()) != bool(high.all()):
             raise ValueError(

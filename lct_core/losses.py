@@ -15,7 +15,7 @@ from lct_core.scene_model import Scene, SceneModel, as_scenes, noise_levels
 
 
 class SceneLoss(NamedTuple):
-    """A scene's loss and what it is the average of, in row order without the global shots; float32."""
+    """A scene's loss and what it is the average of, in row order; without global shots, and those clean throughout."""
 
     mean: Float[Tensor, ""]
     shots: Float[Tensor, " shots"]
@@ -69,6 +69,11 @@ def tuning_loss(
     Raises:
         ValueError: as :class:`SceneModel` and :func:`scene_loss` do.
     """
+    if not isinstance(model, SceneModel):
+        raise ValueError(
+            f"model: got {type(model).__name__}, expected a SceneModel; tune each of two experts by itself, on noise "
+            "levels of its own side of the boundary"
+        )
     scenes, nested = as_scenes(shots)
     draws = noise if nested else [noise]
     if not all(isinstance(draw, list | tuple) for draw in draws) or [*map(len, scenes)] != [*map(len, draws)]:
@@ -95,7 +100,7 @@ def _judged(adapter: Backbone, given: tuple[ShotInput, Tensor | None], out: Any)
     noisy = None if target is None else adapter.noisy(shot)
     if noisy is None or target is None:
         return out, target
-    judged = noisy.bool().expand_as(target)
+    judged = noisy.expand_as(target)
     return (out[judged], target[judged]) if judged.any() else (None, None)
 
 
@@ -110,7 +115,7 @@ def _noised(adapter: Backbone, shot: ShotInput, eps: Tensor, level: Tensor) -> t
         )
     path, clean, noisy = adapter.traits.path, shot.latents, adapter.noisy(shot)
     noised = path.add_noise(clean, eps, level)
-    noised = noised if noisy is None else torch.where(noisy.bool(), noised, clean)
+    noised = noised if noisy is None else torch.where(noisy, noised, clean)
     return replace(shot, latents=noised), path.target(clean, eps, level)
 
 

@@ -156,9 +156,6 @@ class Registry:
             return self._resolve(name, self._backbone(name).adapter)(model)
         for cls in type(model).__mro__:  # the most derived class that somebody handles decides
             full_name = f"{cls.__module__}.{cls.__qualname__}"
-            for spec in self._backbones.values():
-                if full_name in spec.refuses:
-                    raise ValueError(f"model: {full_name} cannot be served: {spec.refuses[full_name]}")
             found = [spec for spec in self._backbones.values() if full_name in spec.handles]
             if len(found) > 1:
                 raise ValueError(
@@ -167,6 +164,9 @@ class Registry:
                 )
             if found:
                 return self._resolve(found[0].name, found[0].adapter)(model)
+            for spec in self._backbones.values():
+                if full_name in spec.refuses:
+                    raise ValueError(f"model: {full_name} cannot be served: {spec.refuses[full_name]}")
         handled = "\n".join(f"  {spec.name}: {', '.join(spec.handles)}" for spec in self.backbones.values())
         raise ValueError(
             f"model: no backbone handles {type(model).__module__}.{type(model).__qualname__}; there are:\n{handled}\n"

@@ -224,6 +224,9 @@ class _Call:
     def __call__(self, model: nn.Module, inputs: Sequence[ShotInput]) -> list[Tensor | None]:
         with without_autocast(inputs[0].latents.device):
             self._turn(inputs)
+            if self.cache is not None:
+                pairing = self.adapter.traits.pairing
+                self.cache.begin(self.scheme, self._diagonal(inputs[0].latents.device), pairing)
         timesteps = self.adapter.traits.timestep(self.levels)
         encoded = [
             _without_video(state) if not shot.video else state
@@ -318,8 +321,6 @@ class _Call:
             "all": _joined(rotations),
             "video": _joined([_video(by, n, traits.text_first) for by, n in zip(rotations, videos, strict=True)]),
         }
-        if self.cache is not None:
-            self.cache.begin(self.scheme, self._diagonal(inputs[0].latents.device), traits.pairing)
 
     def _rotation(self, coords: Tensor, given: ShotInput) -> Rotation | None:
         if self.adapter.traits.pairing is None:
@@ -562,6 +563,8 @@ def _complete(scene: Scene, adapter: Backbone) -> list[ShotInput]:
             f"shots: the global shot has latents {describe(first.latents)}, expected none: this model cross-attends "
             "its text, so that a global prompt needs no dummy video"
         )
+    if not isinstance(first.text, Tensor):
+        return [first, *rest]  # which the adapter refuses
     like = rest[0].latents if rest and isinstance(rest[0].latents, Tensor) else first.text
     size = (len(first.text), adapter.traits.latent_channels, *adapter.traits.patch)
     return [replace(first, latents=like.new_zeros(size)), *rest]

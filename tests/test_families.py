@@ -1,6 +1,5 @@
 """Every backbone family: its real classes, at tiny random sizes, against their own forward and against the oracle."""
 
-import os
 import re
 from dataclasses import replace
 from importlib import import_module
@@ -20,7 +19,6 @@ from lct_core.testing.tolerances import BOUNDS, error
 diffusers.logging.set_verbosity_error()  # of casts to bfloat16 that its own loader would do otherwise
 
 FAMILIES = sorted(path.stem for path in (Path(__file__).parent / "families").glob("[!_]*.py") if path.stem != "case")
-FAMILIES = os.environ["ONLY"].split(",") if "ONLY" in os.environ else FAMILIES  # TEMPORARY
 CASES = [case for family in FAMILIES for case in import_module(f"families.{family}").CASES]
 FLOAT32 = BOUNDS[torch.float32]
 

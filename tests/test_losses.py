@@ -171,7 +171,7 @@ def test_levels_for_all_entries_or_for_each():
 
 @torch.no_grad()
 def test_the_adapters_own_path_makes_noise_and_target():
-    class Backwards:
+    class Backwards(lct.RectifiedFlow):
         """Noise at level 0 and data at 1, and the data are what is predicted."""
 
         def add_noise(self, z0, noise, t):

@@ -102,8 +102,27 @@ def test_forwards_that_part_ways_are_an_error(layers, shots):
     astray = [*forwards(layers, shots[:2]), lambda: layers[0](layers[1](shots[2]))]
     with pytest.raises(RuntimeError, match="different attentions"):
         lockstep(astray, joins, offsets=(0, 0, 0), diagonal=None)
+    short = [*forwards(layers, shots[:2]), lambda: layers[0](shots[2])]
+    with pytest.raises(RuntimeError, match="different attentions"):
+        lockstep(short, joins, offsets=(0, 0, 0), diagonal=None)
     failing = [*forwards(layers, shots[:2]), lambda: 1 / 0]
     with pytest.raises(RuntimeError, match="ZeroDivisionError"):
         lockstep(failing, joins, offsets=(0, 0, 0), diagonal=None)
+    with pytest.raises(RuntimeError, match=r"^joins: 1 modules \(Layer\) never called"):
+        lockstep(
+            forwards(layers, shots), {**joins, Layer(2): Join(torch.ones(3, 3).bool())}, offsets=(0,) * 3, diagonal=None
+        )
     assert F.scaled_dot_product_attention.__name__ == "scaled_dot_product_attention"  # all is put back
     assert not layers[0]._forward_pre_hooks
+
+
+@pytest.mark.parametrize("options", [{"is_causal": True}, {"attn_mask": torch.tensor([True, False, True])}])
+def test_attention_that_hides_keys_is_refused(shots, options):
+    class Masked(Layer):
+        def forward(self, x):
+            q, k, v = (y[:, None] for y in self.qkv(x))
+            return F.scaled_dot_product_attention(q, k, v, **options)[:, 0]
+
+    layer = Masked(0)
+    with pytest.raises(RuntimeError, match="hides some of its own keys"):
+        lockstep([lambda: layer(shots[0])], {layer: Join(torch.ones(1, 1).bool())}, offsets=(0,), diagonal=None)

@@ -7,7 +7,7 @@ import torch
 
 from lct_core.backbone import ShotInput
 from lct_core.experts import Experts, new_cache
-from lct_core.generation.common import as_condition, history_noise, left_to_generate, predict
+from lct_core.generation.common import as_condition, history_noise, left_to_generate, noisy_parts, predict
 from lct_core.generation.euler import Callback, Latents, euler
 from lct_core.generation.guidance import Guidance, branches
 from lct_core.generation.history import History, choose, recent
@@ -58,7 +58,8 @@ def causal(
     done = dict(given or {})
     left = left_to_generate(scene, done, t_c, in_order=True)
     scene = with_dummy_video(scene, model.adapter)
-    texts, path = branches(scene, guidance), model.adapter.traits.path
+    path, mask = model.adapter.traits.path, model.adapter.traits.text_mask
+    texts = branches(scene, guidance, text_mask=mask)
     caches = [
         new_cache(model, capacity=sum(model.adapter.shot(shot).tokens for shot in branch if shot.latents is not None))
         for branch in texts
@@ -95,7 +96,15 @@ def causal(
                 cache.select(seen)
         noise = scene[i].latents
         if i in left:
-            (done[i],) = euler(partial(run, i), [noise], path=path, steps=steps, shots=[i], callback=callback)
+            (done[i],) = euler(
+                partial(run, i),
+                [noise],
+                path=path,
+                noisy=noisy_parts(model, scene, [i]),
+                steps=steps,
+                shots=[i],
+                callback=callback,
+            )
             noise = history_noise(scene[i], i, seed).to(noise.dtype)
         if i != shots[-1]:
             keep(i, [as_condition(model, scene[i], done[i], noise, t_c)], t_c / 1000)

@@ -72,7 +72,20 @@ def as_condition(model: SceneModel | Experts, shot: ShotInput, latents: Latents,
     clean = wide(latents).to(noise.device)
     noised = model.adapter.traits.path.add_noise(clean, noise.to(clean.dtype), level)
     noisy = model.adapter.noisy(shot)
-    return noised if noisy is None else torch.where(noisy.bool(), noised, clean)
+    return noised if noisy is None else torch.where(noisy, noised, clean)
+
+
+def noisy_parts(model: SceneModel | Experts, scene: Sequence[ShotInput], active: Sequence[int]) -> list[Tensor | None]:
+    """Where the active shots are to be denoised; None for all of a shot.
+
+    Raises:
+        ValueError: for one that is clean throughout.
+    """
+    parts = [model.adapter.noisy(scene[i]) for i in active]
+    for i, noisy in zip(active, parts, strict=True):
+        if noisy is not None and not bool(noisy.any()):
+            raise ValueError(f"scene: shot {i} is a clean condition throughout; give it: given={{{i}: latents}}")
+    return parts
 
 
 def history_noise(shot: ShotInput, i: int, seed: int) -> Latents:
@@ -121,10 +134,10 @@ def predict(
         else:
             assert not isinstance(cache, ExpertCache)
             outputs = model(scene, t, pattern=pattern, cache=cache)
-        velocities = []
-        for i in active:
-            z, noisy = latents[i], model.adapter.noisy(scene[i])
-            velocity = path.to_velocity(outputs[i].to(z.dtype), z, t[i].expand(len(z)))
-            velocities.append(velocity if noisy is None else torch.where(noisy.bool(), velocity, 0))  # the rest stays
-        said.append(velocities)
+        said.append(
+            [
+                path.to_velocity(outputs[i].to(latents[i].dtype), latents[i], t[i].expand(len(latents[i])))
+                for i in active
+            ]
+        )
     return said[0] if guidance is None or len(said) == 1 else guidance.combine(*said)

@@ -6,7 +6,7 @@ import torch
 
 from lct_core.backbone import ShotInput
 from lct_core.experts import Experts
-from lct_core.generation.common import as_condition, left_to_generate, predict
+from lct_core.generation.common import as_condition, left_to_generate, noisy_parts, predict
 from lct_core.generation.euler import Callback, Latents, euler
 from lct_core.generation.guidance import Guidance, branches
 from lct_core.masks import Pattern
@@ -51,7 +51,7 @@ def conditional(
             0-1000 and fewer than one step.
     """
     active = left_to_generate(scene, given, t_c, in_order=pattern == "context_causal")
-    texts = branches(scene, guidance)
+    texts = branches(scene, guidance, text_mask=model.adapter.traits.text_mask)
     held = {i: as_condition(model, scene[i], latents, scene[i].latents, t_c) for i, latents in given.items()}
 
     def velocity(latents: list[Latents], t: float) -> list[Latents]:
@@ -59,7 +59,11 @@ def conditional(
         levels = [0.0 if shot.role == "global" else t_c / 1000 if i in held else t for i, shot in enumerate(scene)]
         return predict(model, texts, guidance, now, levels, active, pattern=pattern)
 
-    noise, path = [scene[i].latents for i in active], model.adapter.traits.path
-    done = euler(velocity, noise, path=path, steps=steps, shots=active, callback=callback)
+    noise, path, noisy = (
+        [scene[i].latents for i in active],
+        model.adapter.traits.path,
+        noisy_parts(model, scene, active),
+    )
+    done = euler(velocity, noise, path=path, noisy=noisy, steps=steps, shots=active, callback=callback)
     result = {**given, **dict(zip(active, done, strict=True))}
     return [result.get(i) for i in range(len(scene))]

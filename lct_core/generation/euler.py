@@ -39,6 +39,7 @@ def euler(
     noise: Sequence[Latents],
     *,
     path: Path | None = None,
+    noisy: Sequence[Tensor | None] | None = None,
     steps: int = 32,
     shots: Sequence[int] | None = None,
     callback: Callback | None = None,
@@ -49,6 +50,7 @@ def euler(
         velocity: dz/dt of some shots that share the noise level t: ``velocity(latents, t)``.
         noise: Where each shot starts.
         path: Whose steps they are (default: of the straight one, z <- z - v / steps).
+        noisy: Where each shot is to be denoised; the rest stays as it is (default: everywhere).
         steps: Number of steps (paper, A.2: 32).
         shots: What a callback shall call these shots (default: 0, 1, 2, ...).
         callback: Called after every step.
@@ -67,7 +69,11 @@ def euler(
     for i in range(steps):
         t, s = 1 - i / steps, 1 - (i + 1) / steps
         change = velocity(latents, t)
-        latents = [path.step(z, v, t, s) for z, v in zip(latents, change, strict=True)]
+        stepped = [path.step(z, v, t, s) for z, v in zip(latents, change, strict=True)]
+        latents = [
+            new if part is None else torch.where(part, new, old)
+            for new, old, part in zip(stepped, latents, noisy or [None] * len(latents), strict=True)
+        ]
         if callback is not None:
             callback(Step(names, i + 1, steps, s, latents))
     return latents

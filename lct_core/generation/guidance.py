@@ -21,7 +21,8 @@ class Guidance:
     Args:
         text: The negative prompt of shots, encoded, ``[1 or batch, tokens, width]`` (paper: a concise one).
         global_text: The negative prompt of the global shot (paper: a comprehensive one; default: ours, ``text``).
-        extras: What the negative prompt puts in place of a shot's extras of these names, such as a pooled embedding.
+        extras: What the negative prompt puts in place of a shot's extras of these names: its pooled embedding, where
+            the model takes one, and the mask of its padding.
         global_extras: The same for the global shot (default: ours, ``extras``).
         scale: How far (paper, A.2: 7.5). 1 is no guidance, and spares the negative branch.
 
@@ -39,14 +40,22 @@ class Guidance:
         if not isfinite(self.scale):
             raise ValueError(f"scale: got {self.scale}, expected a finite number; 1 is no guidance")
 
-    def negative(self, scene: Sequence[ShotInput]) -> list[ShotInput]:
+    def negative(self, scene: Sequence[ShotInput], *, text_mask: str | None = None) -> list[ShotInput]:
         """The scene with its texts replaced.
+
+        Args:
+            scene: The shots.
+            text_mask: The extra that marks padding in a text, and goes with it: ``Traits.text_mask``.
 
         Raises:
             ValueError: for a negative prompt that is not encoded for one entry of the batch, or for each.
         """
         others = {"shot": self.extras, "global": self.extras if self.global_extras is None else self.global_extras}
-        return [replace(shot, text=self._text(shot), extras={**shot.extras, **others[shot.role]}) for shot in scene]
+        kept = [{name: x for name, x in shot.extras.items() if name != text_mask} for shot in scene]
+        return [
+            replace(shot, text=self._text(shot), extras={**extras, **others[shot.role]})
+            for shot, extras in zip(scene, kept, strict=True)
+        ]
 
     def _text(self, shot: ShotInput) -> Tensor:
         name = "global_text" if shot.role == "global" and self.global_text is not None else "text"
@@ -63,7 +72,11 @@ class Guidance:
         return [n + self.scale * (p - n) for p, n in zip(positive, negative, strict=True)]
 
 
-def branches(scene: Sequence[ShotInput], guidance: Guidance | None) -> list[list[ShotInput]]:
+def branches(
+    scene: Sequence[ShotInput], guidance: Guidance | None, *, text_mask: str | None = None
+) -> list[list[ShotInput]]:
     """The scene as it is and, where guidance has an effect, with negative prompts."""
     scene = list(scene)
-    return [scene] if guidance is None or guidance.scale == 1 else [scene, guidance.negative(scene)]
+    return (
+        [scene] if guidance is None or guidance.scale == 1 else [scene, guidance.negative(scene, text_mask=text_mask)]
+    )

@@ -198,6 +198,8 @@ class _Case:
     def _definition(self) -> Iterator[Finding]:
         for pattern in ("bidirectional", "context_causal"):
             yield from self._definition_in(pattern)
+        if self.adapter.traits.text == "cross":
+            yield from self._heard()
 
     def _definition_in(self, pattern: str) -> Iterator[Finding]:
         shots, t = self._inputs()
@@ -215,6 +217,25 @@ class _Case:
         changed = self.model([others[0], *shots[1:]], t, pattern=pattern)
         deaf = error(changed[2], got[2]) <= 1e-3
         yield Finding(2, "shots see one another (else the rest proves nothing)", self._name(pattern), float(deaf), 0.0)
+
+    def _heard(self) -> Iterator[Finding]:
+        """Where text is cross-attended: who hears which prompt, the global one without video among them."""
+        shots, t = self._inputs()
+        scene = [self._prompt(shots[0]), *shots]
+        levels = torch.cat([torch.zeros_like(t[:, :1]), t], dim=1)
+        dummy = shots[0].latents.new_zeros(len(t), self.adapter.traits.latent_channels, *self.adapter.traits.patch)
+        for text in ("own_and_global", "all"):
+            for pattern in ("bidirectional", "context_causal"):
+                model = retrofit(self.adapter.model, scheme=self.scheme, backbone=self.adapter, text=text)
+                got = model(scene, levels, pattern=pattern)[1:]
+                given = [replace(scene[0], latents=dummy), *shots]
+                said = {
+                    dtype: self._by_definition(pattern, dtype, exact=exact, given=(given, levels), text=text)[1:]
+                    for dtype, exact in ((torch.float32, True), (self.dtype, self.dtype == torch.float32))
+                }
+                own = max(map(error, said[self.dtype], said[torch.float32]))
+                name = f"prompts heard as by definition, text={text!r}"
+                yield self._finding(2, name, "definition", got, said[torch.float32], pattern, own=own)
 
     def _causal(self) -> Iterator[Finding]:
         shots, t = self._inputs()
@@ -383,12 +404,20 @@ class _Case:
         plain = self._by_definition(pattern, self.dtype, exact=False)
         return max(error(p, x) for p, x in zip(plain, self._truth(pattern), strict=True))
 
-    def _by_definition(self, pattern: str, dtype: torch.dtype, *, exact: bool) -> list[Tensor]:
-        shots, t = self._inputs()
+    def _by_definition(
+        self,
+        pattern: str,
+        dtype: torch.dtype,
+        *,
+        exact: bool,
+        given: tuple[list[ShotInput], Tensor] | None = None,
+        text: TextScope | None = None,
+    ) -> list[Tensor]:
+        shots, t = given or self._inputs()
         adapter = copy.deepcopy(self.adapter)
         adapter.cast(dtype)
         shots = [_cast(shot, dtype) for shot in shots]
-        return definition(adapter, [shots], t, scheme=self.scheme, pattern=pattern, text=self.text, exact=exact)
+        return definition(adapter, [shots], t, scheme=self.scheme, pattern=pattern, text=text or self.text, exact=exact)
 
     def _prompt(self, shot: ShotInput) -> ShotInput:
         """The shot's text as a global prompt, with the dummy video that it has where text is part of self-attention."""

@@ -51,13 +51,15 @@ def lockstep(
         What the forwards return, in order.
 
     Raises:
-        RuntimeError: where a forward fails, or the forwards do not come to the same attentions.
+        RuntimeError: where a forward fails, the forwards do not come to the same attentions, one of the modules never
+            calls ``scaled_dot_product_attention``, or calls it causally or with a mask that hides something.
     """
     attention, local = F.scaled_dot_product_attention, threading.local()
     barrier = threading.Barrier(len(forwards))
     slots: list[Any] = [None] * len(forwards)
     results: list[Any] = [None] * len(forwards)
     errors: list[BaseException] = []
+    came: set[nn.Module] = set()
     grad = torch.is_grad_enabled()
 
     def joined(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -65,6 +67,11 @@ def lockstep(
         if module is None or shot is None:
             return attention(query, key, value, *args, **kwargs)
         q, k, v = query, key, value
+        mask = kwargs.get("attn_mask", args[0] if args else None)
+        hides = mask is not None and not bool(mask.all() if mask.dtype == torch.bool else (mask == 0).all())
+        if hides or kwargs.get("is_causal", False):
+            raise RuntimeError("joins: an attention hides some of its own keys, which cannot be joined with others")
+        came.add(module)
         sees, turned = joins[module]
         if turned and diagonal is not None:
             q, k = (_turned(x, offsets[shot] * diagonal, pairing) for x in (q, k))
@@ -83,6 +90,8 @@ def lockstep(
         try:
             with torch.set_grad_enabled(grad):
                 results[shot] = forwards[shot]()
+            slots[shot] = (None,)
+            barrier.wait(_TIMEOUT)  # one that is at another attention now sees that this one came to its end
         except BaseException as error:
             errors.append(error)
             barrier.abort()
@@ -111,6 +120,12 @@ def lockstep(
     if errors:
         cause = next((error for error in errors if not isinstance(error, threading.BrokenBarrierError)), errors[0])
         raise RuntimeError(f"forwards: {type(cause).__name__}: {cause}") from cause
+    if missing := set(joins) - came:
+        kinds = sorted({type(module).__name__ for module in missing})
+        raise RuntimeError(
+            f"joins: {len(missing)} modules ({', '.join(kinds)}) never called torch.nn.functional."
+            "scaled_dot_product_attention, expected the modules that call it, by that name"
+        )
     return results
 
 
