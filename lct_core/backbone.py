@@ -7,6 +7,7 @@ after. Everything between is the engine's (:mod:`lct_core.scene_model`): coordin
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import isfinite
 from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import torch
@@ -285,9 +286,10 @@ class Backbone(ABC):
             "adapter must give angles; a model without RoPE has pairing=None"
         )
 
-    def rotation(self, coords: Float[Tensor, "tokens axes"], *, dtype: torch.dtype) -> Rotation:
-        """Cosines and sines at native coordinates (default: of :meth:`rope`'s angles); override where the model's own
-        are other than ``cos`` and ``sin`` of these, to the last bit.
+    def rotation(self, coords: Float[Tensor, "tokens axes"], shot: Shot, *, dtype: torch.dtype) -> Rotation:
+        """Cosines and sines at native coordinates of a shot's tokens in self-attention (default: of :meth:`rope`).
+
+        Override where the model's own are other than ``cos`` and ``sin`` of these, to the last bit.
         """
         assert self.traits.pairing is not None
         return rotation(self.rope(coords), pairing=self.traits.pairing, dtype=dtype)
@@ -360,8 +362,8 @@ class Backbone(ABC):
             per_frame = extras["timestep_mask"].ndim == 2
             mask = torch.rand(batch, *shot.grid[: 1 if per_frame else 3], generator=generator) < 0.7
             mask.view(batch, -1)[:, 0] = True
-            for axis, size in zip(range(1, mask.ndim), self.traits.patch, strict=False):
-                mask = mask.repeat_interleave(size, dim=axis)
+            for axis in range(1, mask.ndim):
+                mask = mask.repeat_interleave(int(self.traits.patch[axis - 1]), dim=axis)
             extras["timestep_mask"] = mask.to(dtype)
         return ShotInput(latents=latents.to(dtype), text=text.to(dtype), extras=extras, role=shot.role)
 
@@ -447,8 +449,8 @@ class Backbone(ABC):
         sizes = dict(zip(_OF_LATENTS, latents.shape[2:], strict=True))
         for name, value in inputs.extras.items():
             if (shape := takes[name].shape) is None:
-                if not isinstance(value, int | float):
-                    raise ValueError(f"extras: {name} is {describe(value)}, expected a number")
+                if not isinstance(value, int | float) or not isfinite(value) or value < 0:
+                    raise ValueError(f"extras: {name} is {describe(value)}, expected a number that is not negative")
                 continue
             axes = [len(latents), *(sizes.get(axis, axis) if isinstance(axis, str) else axis for axis in shape)]
             if (

@@ -18,7 +18,7 @@ from lct_core.attention import attend, without_autocast
 from lct_core.backbone import QKV, Backbone, ShotInput, Site, State, Tokens, describe
 from lct_core.cache import KVCache, Space, Stage
 from lct_core.coordinates import Scheme, check_scheme, extent, measured_extent, shot_coordinates
-from lct_core.layout import Layout, Range, Role
+from lct_core.layout import Layout, Range, Role, Shot
 from lct_core.masks import PATTERNS, AttentionPlan, Pattern
 from lct_core.plugins import registry
 from lct_core.rope import Rotation
@@ -315,18 +315,19 @@ class _Call:
 
         Inside the model's forward: angles may be weights of its own, which offloading and sharding hooks bring for it.
         """
-        rotations = [self._rotation(coords, given) for coords, given in zip(self.places, inputs, strict=True)]
-        videos, traits = [shot.video for shot in self.layout.shots], self.adapter.traits
+        traits, videos = self.adapter.traits, [shot.video for shot in self.layout.shots]
+        shots = (self.layout if traits.text == "joint" else self.layout.video_only).shots
+        rotations = [self._rotation(*place) for place in zip(self.places, inputs, shots, strict=True)]
         self.rotations: dict[Tokens, Rotation | None] = {
             "all": _joined(rotations),
             "video": _joined([_video(by, n, traits.text_first) for by, n in zip(rotations, videos, strict=True)]),
         }
 
-    def _rotation(self, coords: Tensor, given: ShotInput) -> Rotation | None:
+    def _rotation(self, coords: Tensor, given: ShotInput, shot: Shot) -> Rotation | None:
         if self.adapter.traits.pairing is None:
             return None
         device, dtype = given.latents.device, torch.promote_types(given.latents.dtype, torch.float32)
-        return self.adapter.rotation(coords.to(device), dtype=dtype)
+        return self.adapter.rotation(coords.to(device), shot, dtype=dtype)
 
     def _diagonal(self, device: torch.device) -> Tensor | None:
         """The angles of one step along the diagonal, by which a cached shot is moved."""

@@ -104,7 +104,7 @@ def test_the_message_says_what_shape_is_expected():
 
 @pytest.mark.parametrize("fps", [torch.ones(2), "24", None])
 def test_a_number_is_a_number(fps):
-    with pytest.raises(ValueError, match=r"^extras: fps is .*, expected a number$"):
+    with pytest.raises(ValueError, match=r"^extras: fps is .*, expected a number that is not negative$"):
         demanding().shot(shot(**{**fitting(), "fps": fps}))
 
 

@@ -571,7 +571,7 @@ def test_a_model_and_an_adapter_of_ones_own(data, tmp_path, factory):
         ("{}:without_codec", "MODULE:FACTORY: {}:without_codec() returned MMDiT, expected (model, codec)"),
         ("{}:wrong_codec", "returned ['MMDiT', 'str'], expected (model, codec): a model (nn.Module) or an adapter"),
         ("{}:wrong_way_round", "returned ['LinearCodec', 'MMDiT'], expected (model, codec)"),
-        ("{}:unknown_model", "no backbone handles torch.nn.modules.linear.Linear; there are: mmdit: "),
+        ("{}:unknown_model", "no backbone handles torch.nn.modules.linear.Linear; there are: cogvideox: "),
         ("{}:other_channels", "expected [batch, 3, frames, height, width]"),
         ("{}:other_words", "prompt: "),
         ("{}:broken_codec", "MODULE:FACTORY: the model or the codec of {}:broken_codec raised RuntimeError: The size "),

@@ -83,9 +83,10 @@ def test_a_global_prompt_has_no_images_of_its_own():
     assert error(out, scene_model([shot], T)[0]) > 1e-3
 
 
-def test_layers_are_refused():
-    with pytest.raises(ValueError, match=r"model: got use_layer3d_rope=True, expected False: its frames are layers"):
-        retrofit(qwen_image(use_layer3d_rope=True))
+@pytest.mark.parametrize("option", [{"use_layer3d_rope": True}, {"use_additional_t_cond": True}])
+def test_layers_are_refused(option):
+    with pytest.raises(ValueError, match=r"^model: got Qwen-Image-Layered, whose frames are layers"):
+        retrofit(qwen_image(**option))
 
 
 def test_inputs_that_are_refused():

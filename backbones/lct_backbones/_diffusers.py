@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from lct_core import Backbone, Extra, Shot, ShotInput, Site, State, Traits, angles
 
+_HARMLESS = ("group_offloading", "lazy_prefetch", "layer_execution_tracker", "layerwise_casting", "peft_autocast")
+
 Heads = tuple[Tensor, Tensor, Tensor]
 """Queries, keys and values, ``[batch, tokens, heads, head_dim]``."""
 
@@ -107,16 +109,20 @@ class DiffusersBackbone(Backbone):
         if getattr(self.model, "is_cache_enabled", False):
             reasons.append("a block cache is on, which skips blocks; call model.disable_cache()")
         if getattr(self.model, "_parallel_config", None) is not None:
-            reasons.append("context parallelism is on, which splits its tokens; load the model without it")
+            reasons.append("parallelism of diffusers is on, which splits its tokens or heads; load it without")
         attentions: list[Any] = list(self.attentions())
         own = [a for a in attentions if isinstance(a, AttentionModuleMixin)]  # others swap their processors
         if any(getattr(attention, "fused_projections", False) for attention in own):
             reasons.append("its query, key and value projections are fused; call model.unfuse_qkv_projections()")
+        hooks = {name for a in attentions for name in getattr(getattr(a, "_diffusers_hook", None), "hooks", ())}
+        if foreign := sorted(hook for hook in hooks if not hook.startswith(_HARMLESS)):
+            reasons.append(f"its attention has hooks {foreign}, which its scene model would not run; remove them")
         processors = [attention.processor for attention in attentions]
         if others := {type(processor).__name__ for processor in processors} - set(self.processors):
             reasons.append(
                 f"its attention runs {sorted(others)}, which the adapter does not know, expected "
-                f"{list(self.processors)}; set that processor, or load the model without an IP-Adapter and the like"
+                f"{list(self.processors)}; set that processor: by model.unfuse_qkv_projections() after fusing, "
+                "else by loading the model without an IP-Adapter and the like"
             )
         if any(getattr(processor, "_attention_backend", None) is not None for processor in processors):
             reasons.append(

@@ -1,4 +1,4 @@
-"""CogVideoX 2B, 5B and 1.5 as diffusers ships them: text to video, image to video, a control video.
+"""CogVideoX 2B, 5B and 1.5 as diffusers ships them: text to video and image to video.
 
 Text and video are one sequence, text first, with one set of weights; only the modulation tells them apart. Positions:
 
@@ -12,7 +12,7 @@ Text and video are one sequence, text first, with one set of weights; only the m
   that the model was trained on; here a larger shot counts on.
 
 The attention has no mask, so padding counts as text: pad prompts to 226 tokens, as the pipelines do. An image (its
-latents in the first frame, zeros behind) or a control video is concatenated to the latents: ``condition``. I2V 1.5 also
+latents in the first frame, zeros behind) is concatenated to the latents: ``condition``. I2V 1.5 also
 takes ``ofs``, 2.0 unless given (upstream). Its pipeline brings an odd number of latent frames to an even one, in front.
 
 Variance preserving path, v-prediction, a schedule of 1000 timesteps with zero terminal SNR; its shift is 3 for 2B, 1
@@ -98,7 +98,8 @@ class CogVideoXBackbone(DiffusersBackbone):
         if "ofs" in self.traits.extras:
             given.setdefault("ofs", inputs.latents.new_full((len(timestep),), 2.0))
         if self.traits.pairing is not None:
-            by = self.rotation(self.coordinates(inputs, shot).to(inputs.latents.device), dtype=torch.float32)
+            coords = self.coordinates(inputs, shot).to(inputs.latents.device)
+            by = self.rotation(coords, shot, dtype=torch.float32)
             given["image_rotary_emb"] = tuple(x[shot.text :, 0].repeat_interleave(2, dim=1) for x in (by.cos, by.sin))
         return given
 
@@ -109,10 +110,11 @@ class CogVideoXBackbone(DiffusersBackbone):
     def encode(self, inputs: ShotInput, timestep: Tensor) -> State:
         """Text and patches, with absolute positions where the model has them; time, with ``ofs``."""
         given, model, text = self.arguments(inputs, timestep), self.model, inputs.text
-        time = model.time_embedding(model.time_proj(given["timestep"]).to(text.dtype))
+        latents = given["hidden_states"]
+        time = model.time_embedding(model.time_proj(given["timestep"]).to(latents.dtype))
         if "ofs" in given:
-            time = time + model.ofs_embedding(model.ofs_proj(given["ofs"]).to(text.dtype))
-        tokens = model.embedding_dropout(model.patch_embed(text, given["hidden_states"]))
+            time = time + model.ofs_embedding(model.ofs_proj(given["ofs"]).to(latents.dtype))
+        tokens = model.embedding_dropout(model.patch_embed(text, latents))
         return State({"text": tokens[:, : text.shape[1]], "video": tokens[:, text.shape[1] :]}, {"time": time})
 
     def qkv(self, block: Any, site: Site, state: State) -> QKV:

@@ -1,16 +1,16 @@
 """Cosmos Predict 2 and 2.5, and the transformer of Transfer 2.5, as diffusers ships them.
 
 A single stream of video tokens; text is cross-attended and has no positions. 2.5 projects it down first: its text width
-is that of all layers of the encoder together.
+is that of all layers of the encoder together. The pipelines pad to 512 tokens and mask nothing: padding counts as text.
 
 RoPE: channels pair across the halves of a head; float32 angles; the axes get 44, 42 and 42 of 128 channels, each with a
 theta of its own (NTK: 10000 times ``rope_scale`` to the power of d / (d - 2)). With the extra ``fps``, frames are 24 /
 fps apart, as in Predict 2's pipeline for video; without, 1 apart, as for images and in 2.5.
 
 An image, or the end of a video, stands clean in the first latent frames, marked by the channel ``condition_mask`` and
-by ``timestep_mask``, ``[batch, frames]``: 0 at the clean frames, whose timestep is then 0 (the pipelines: 0.0001),
-and 1 elsewhere. Transfer 2.5 also cross-attends tokens of an image, ``img_context``. The channel that marks padding is
-0, as in every pipeline.
+by ``timestep_mask``, ``[batch, frames]``: 0 at the clean frames, whose timestep is then 0 (ours; the pipelines have
+0.0001, that of Transfer 2.5 has 0.1), and 1 elsewhere. Transfer 2.5 also cross-attends tokens of an image,
+``img_context``; its pipeline gives zeros. The channel that marks padding is 0, as in every pipeline.
 
 The models see z = (1 - t) z_0 + t eps at timestep t in [0, 1] and predict its velocity: 2.5 plainly, Predict 2 inside
 the preconditioning of its pipelines, whose latents are z / (1 - t), where sigma is t / (1 - t).

@@ -57,8 +57,8 @@ class HunyuanVideoBackbone(DiffusersBackbone):
         """All but the first frame, where that is always the image."""
         if self.model.config.get("image_condition_type") != "token_replace":
             return None
-        noisy = torch.ones_like(inputs.latents[:, :1, :, :1, :1])
-        noisy[:, :, : self.traits.patch[0]] = 0
+        noisy = torch.ones_like(inputs.latents[:, :1, :, :1, :1], dtype=torch.bool)
+        noisy[:, :, : self.traits.patch[0]] = False
         return noisy
 
     def encode(self, inputs: ShotInput, timestep: Tensor) -> State:

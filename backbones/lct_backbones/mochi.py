@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from lct_backbones._diffusers import DiffusersBackbone, apart, joined, project, project_added, project_out
-from lct_core import QKV, RectifiedFlow, Shot, ShotInput, Site, State, Traits
+from lct_core import QKV, RectifiedFlow, Rotation, Shot, ShotInput, Site, State, Traits
 
 _TRAINED = 30 * 53  # tokens of a latent frame of the size that the model was trained at
 
@@ -49,6 +49,12 @@ class MochiBackbone(DiffusersBackbone):
     def rope(self, coords: Tensor) -> Tensor:
         """By the learned frequencies, as they are now."""
         return torch.einsum("nd,dhf->nhf", coords.float(), self.model.pos_frequencies.float())
+
+    def rotation(self, coords: Tensor, shot: Shot, *, dtype: torch.dtype) -> Rotation:
+        """Of the video apart, as the model does: a matrix product's bits depend on the number of rows."""
+        turn = super().rotation
+        video, text = (turn(part, shot, dtype=dtype) for part in coords.split([shot.video, shot.text]))
+        return Rotation(torch.cat([video.cos, text.cos]), torch.cat([video.sin, text.sin]), "interleaved")
 
     def coordinates(self, inputs: ShotInput, shot: Shot) -> Tensor:
         """The model's own for the video; text at the origin."""

@@ -238,7 +238,8 @@ def lct_backbones() -> list[BackboneSpec]:
             tested_with="diffusers 0.42",
             refuses={
                 f"{_DIFFUSERS}.consisid_transformer_3d.ConsisIDTransformer3DModel": (
-                    "between the blocks it cross-attends to the features of a face, which this adapter does not run"
+                    "between the blocks it cross-attends to the features of a face, which the adapter does not run; "
+                    "use CogVideoXTransformer3DModel"
                 ),
                 f"{_DIFFUSERS}.latte_transformer_3d.LatteTransformer3DModel": (
                     "its attention is factorised: a block sees one frame, or one place in all frames, and none sees a "

@@ -38,8 +38,8 @@ class QwenImageBackbone(PackedImageBackbone):
 
     def describe(self, config: Any) -> Traits:
         """Any model may have images to go by; layers are refused."""
-        if config.use_layer3d_rope:
-            raise ValueError("model: got use_layer3d_rope=True, expected False: its frames are layers; load another")
+        if config.use_layer3d_rope or config.use_additional_t_cond:
+            raise ValueError("model: got Qwen-Image-Layered, whose frames are layers; load another Qwen-Image")
         self.frequencies = axis_frequencies(config.axes_dims_rope, dtype=torch.float32)
         images = Extra((config.out_channels, "images", "height", "width"), image=True)
         return self.common(
@@ -49,7 +49,7 @@ class QwenImageBackbone(PackedImageBackbone):
             text_tokens=(1, None),
             text="joint",
             timesteps=(0.0, 1.0),
-            extras={_MASK: Extra(("tokens",)), _IMAGES: images},
+            extras={_IMAGES: images},
             text_mask=_MASK,
         )
 
@@ -65,7 +65,7 @@ class QwenImageBackbone(PackedImageBackbone):
         coords[shot.text :, 1:] -= torch.tensor([side - side // 2 for side in sides])
         return coords
 
-    def rotation(self, coords: Tensor, *, dtype: torch.dtype) -> Rotation:
+    def rotation(self, coords: Tensor, shot: Shot, *, dtype: torch.dtype) -> Rotation:
         """From complex numbers that are made on the CPU, as the model's table of them is."""
         angles = self.rope(coords.cpu())
         turns = torch.polar(torch.ones_like(angles), angles).to(coords.device)

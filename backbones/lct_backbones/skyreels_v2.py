@@ -1,11 +1,12 @@
 """SkyReels-V2 as diffusers ships it: text to video, image to video, and diffusion forcing (a noise level per frame).
 
-Blocks and RoPE are Wan's, and an image comes in as in Wan 2.1 (``condition``, CLIP tokens). What it has of its own:
+Blocks, RoPE and padding of the text are Wan's, and an image comes in as in Wan 2.1 (``condition``, CLIP tokens). What
+it has of its own:
 
 - Models for diffusion forcing (DF) take a timestep for every latent frame. ``timestep_mask``, ``[batch, frames]``, is 0
   at clean frames, an image's or those of an earlier clip, and 1 elsewhere; left out, it is 1 everywhere.
-- DF 1.3B also takes the frame rate: ``fps``, a number that is 0 for 16 frames per second and 1 for any other (default:
-  upstream, 24).
+- DF 1.3B also takes the kind of frame rate: ``fps`` is 0 for 16 frames per second and 1 for any other (default 1:
+  upstream, 24 frames per second).
 
 Not served is the mask between blocks of frames of its asynchronous pipelines (``causal_block_size`` above 1).
 

@@ -1,7 +1,8 @@
 """Wan 2.1 and 2.2 as diffusers ships them: text to video, image to video, and one model for both (TI2V).
 
 A single stream of video tokens; text is cross-attended and has no positions. The axes of its RoPE get 44, 42 and 42 of
-128 channels, float64 angles. A first image comes in three ways:
+128 channels, float64 angles. The pipelines pad text to 512 tokens with zeros, and the model attends to all of them: pad
+prompts in the same way. A first image comes in three ways:
 
 - Wan 2.1 and 2.2 A14B (I2V) concatenate 20 channels, 4 of mask and 16 of latents, to the noise: ``condition``.
 - Wan 2.1 (I2V) also cross-attends CLIP tokens of the image, ``encoder_hidden_states_image``; with a first and a last

@@ -61,7 +61,8 @@ def definition(
                 State({**state.streams, **adapter.finish(block, site, state, o, part.aux)}, state.conditioning)
                 for state, o, part in zip(states, out, parts, strict=True)
             ]
-    return [adapter.unpatchify(adapter.head(state), shot) for state, shot in zip(states, shots, strict=True)]
+    tokens = [adapter.head(state) for state in states]
+    return [adapter.unpatchify(x, shot) if shot.video else x for x, shot in zip(tokens, shots, strict=True)]
 
 
 def _turns(

@@ -24,7 +24,8 @@ class Case:
         steps: Diagonal steps that a shot takes, from its inputs and token grid.
         without: Extras that are left out.
         shots: Text lengths and token grids of three unequal shots.
-        masks_padding: Whether the model always runs with a mask, which changes sums in the last bits.
+        masks_padding: Whether the model always runs with a mask, or in its stead entry by entry, which changes sums in
+            the last bits.
     """
 
     name: str

@@ -41,5 +41,6 @@ CASES = [
         joined=lambda model: [block.attn1 for block in model.transformer_blocks],
         diagonal=diagonal(),
         steps=steps,
+        masks_padding=True,  # it drops padding, and so attends one entry of a batch after the other
     ),
 ]

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from lct_core import registry, retrofit
-from lct_core.testing.conformance import conformance
 from lct_sketch.adapter import SketchBackbone
 from lct_sketch.model import tiny
+
+from lct_core import registry, retrofit
+from lct_core.testing.conformance import conformance
 
 
 def test_the_registry_finds_the_adapter_by_the_models_class():
