@@ -59,11 +59,8 @@ def command(support: bool) -> None:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("name", no_wrap=True)
     table.add_column("what it is")
-    table.add_column("model classes", overflow="fold")
-    table.add_column("can build")
-    table.add_column("tested with")
+    table.add_column("model classes", no_wrap=True)
     for row in backbone_rows(registry()):
-        table.add_row(
-            row.name, row.summary, "\n".join(row.handles), "yes" if row.builds else "no", row.tested_with or "-"
-        )
+        notes = [*(["(can build one)"] if row.builds else []), *([f"({row.tested_with})"] if row.tested_with else [])]
+        table.add_row(row.name, row.summary, "\n".join([*(full.rpartition(".")[2] for full in row.handles), *notes]))
     Console(highlight=False).print(table)
