@@ -58,6 +58,7 @@ def write_video(path: str | Path, frames: Float[Tensor, "3 frames height width"]
         stream = container.add_stream(_CODEC, rate=rate, options=_OPTIONS)
         stream.height, stream.width, stream.pix_fmt = height, width, _PIXELS
         codec = stream.codec_context
+        codec.thread_count = 1  # with several, what is written depends on the machine and on what else it does
         codec.colorspace = codec.color_primaries = codec.color_trc = 1  # BT.709
         codec.color_range = 1  # limited ("MPEG") range
         reformatter = av.video.reformatter.VideoReformatter()
