@@ -368,7 +368,7 @@ class Backbone(ABC):
         return ShotInput(latents=latents.to(dtype), text=text.to(dtype), extras=extras, role=shot.role)
 
     def noisy(self, inputs: ShotInput) -> Tensor | None:
-        """Where a shot's latents are at its noise level, and where they are a clean condition (None: nowhere).
+        """Where a shot's latents are at its noise level, and not a clean condition; None where all of them are.
 
         Boolean, ``[batch, 1, frames, height or 1, width or 1]``. What is clean stays as it is in sampling, and has no
         loss in training. Default: the extra ``timestep_mask``, ``[batch, frames]`` or ``[batch, frames, height,
