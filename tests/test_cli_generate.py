@@ -106,14 +106,17 @@ def refused(capsys, arguments):
 # --- what is generated ---
 
 
-def directly(run, checkpoint, mode, *, clips=None, sizes=(SIZE,) * 3, seed=0, t_c=100.0, window=9, scale=7.5, **texts):
+def directly(
+    run, checkpoint, mode, *, clips=None, sizes=(SIZE,) * 3, seed=0, t_c=100.0, window=9, shift=1, scale=7.5, **texts
+):
     """The same with the library alone."""
     saved = load_checkpoint(run / f"{checkpoint}.pt")
     model, codec = ModelCard.from_state(saved["about"], checkpoint).build()
     model.backbone.load_state_dict(saved["model"])
     scene = start_scene(read_script("script.txt"), codec, sizes, seed=seed)
     given = {i + 1: codec.encode(frames)[None] for i, frames in (clips or {}).items()}  # the global shot comes first
-    common = {"steps": 2, "guidance": generation.Guidance(scale=scale, **negative_texts(codec, **texts))}
+    guidance = generation.Guidance(scale=scale, **negative_texts(codec, **texts))
+    common = {"steps": generation.schedule(2, shift=shift), "guidance": guidance}
     if mode == "causal":
         common |= {"history": generation.recent(window), "seed": seed}
         latents = generation.causal(model, scene, given, t_c=t_c, **common)
@@ -155,6 +158,7 @@ def test_options_arrive(lct, run, mode):
         "--given": "1=given.png",
         "--seed": 3,
         "--t-c": 300,
+        "--shift": 3,
         "--guidance": 2,
         "--negative": "a wall",
         "--negative-global": "Character 1",
@@ -171,6 +175,7 @@ def test_options_arrive(lct, run, mode):
         sizes=[(1, 24, 24), (3, 16, 40), (3, 16, 40)],
         seed=3,
         t_c=300.0,
+        shift=3.0,
         scale=2.0,
         window=2,
         shot="a wall",

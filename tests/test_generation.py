@@ -26,6 +26,7 @@ from lct_core.generation import (
     joint,
     negative_texts,
     recent,
+    schedule,
     start_scene,
 )
 from lct_core.generation.common import history_noise
@@ -907,6 +908,46 @@ def test_the_levels_of_a_loop(steps):
     assert visited[-1] == pytest.approx(1 / steps)
 
 
+@pytest.mark.parametrize("shift", [1.0, 0.5, 3.0, 12.0])
+def test_a_schedule_is_the_schedulers(shift):
+    """Of diffusers' pipelines, which give it levels that are equal steps apart and let it shift them."""
+    scheduler = pytest.importorskip("diffusers").FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(sigmas=[1 - i / 32 for i in range(32)])
+    assert schedule(32, shift=shift) == pytest.approx(scheduler.sigmas.tolist(), abs=1e-6)
+    assert schedule(32, shift=1) == [1 - i / 32 for i in range(33)]
+
+
+def test_a_loop_follows_any_levels():
+    visited, levels = [], [1.0, 0.9, 0.2, 0.0]
+    noise = random(1, 2, 1, 2, 3, seed=0).double()
+    (z,) = euler(
+        lambda latents, t: (visited.append(t), latents)[1], [noise], steps=torch.tensor(levels, dtype=torch.float64)
+    )
+    assert visited == levels[:-1]
+    assert torch.allclose(z, noise * (1 - 0.1) * (1 - 0.7) * (1 - 0.2), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_follows_levels(mode):
+    scene, given = case(mode)
+    equal, shifted = (generated(mode, scene, given, steps=schedule(4, shift=shift)) for shift in (1, 3))
+    assert same(equal, generated(mode, scene, given, steps=4))
+    left = [i for i, z in enumerate(equal) if z is not None and i not in (given or {})]
+    assert not any(torch.equal(equal[i], shifted[i]) for i in left)
+
+
+@pytest.mark.parametrize("levels", [[], [1.0], [0.0, 1.0], [1.0, 0.5], [0.9, 0.0], [1.0, 0.5, 0.5, 0.0]])
+def test_refuses_levels_that_do_not_go_down_from_one_to_zero(levels):
+    with pytest.raises(ValueError, match=r"^steps: got the levels \[.*expected them to go down from 1 to 0"):
+        euler(lambda latents, t: latents, [torch.ones(1, 1, 1, 1, 1)], steps=levels)
+
+
+@pytest.mark.parametrize("shift", [0, -1.0, float("nan"), float("inf")])
+def test_refuses_a_shift_that_is_not_positive(shift):
+    with pytest.raises(ValueError, match=r"^shift: got .*expected a positive number"):
+        schedule(4, shift=shift)
+
+
 def test_what_a_callback_of_a_loop_is_told():
     noise, told = [torch.ones(1, 1, 1, 1, 2), torch.ones(1, 1, 2, 1, 1)], []
     got = euler(
@@ -930,7 +971,7 @@ def test_a_velocity_for_every_shot():
 
 @pytest.mark.parametrize("steps", [0, -1])
 def test_refuses_fewer_than_one_step(steps):
-    message = rf"^steps: got {steps}, expected at least 1"
+    message = rf"^steps: got {steps}, expected an int of at least 1"
     with pytest.raises(ValueError, match=message):
         euler(lambda latents, t: latents, [torch.ones(1, 1, 1, 1, 1)], steps=steps)
     for mode in MODES:
@@ -1315,7 +1356,7 @@ def test_from_a_script_to_a_scene(mode):
 def test_the_public_surface_is_frozen():
     types = ["Guidance", "History", "Step"]
     modes = ["autoregressive", "causal", "conditional", "euler", "joint"]
-    assert generation.__all__ == [*types, *modes, "negative_texts", "recent", "start_scene"]
+    assert generation.__all__ == [*types, *modes, "negative_texts", "recent", "schedule", "start_scene"]
 
 
 def test_the_papers_defaults():

@@ -140,7 +140,7 @@ SURFACES = {
     },
     "lct_core.generation": {
         *("Guidance", "History", "Step", "autoregressive", "causal", "conditional"),
-        *("euler", "joint", "negative_texts", "recent", "start_scene"),
+        *("euler", "joint", "negative_texts", "recent", "schedule", "start_scene"),
     },
     "lct_core.training": {
         *("CHECKPOINT", "METRICS", "EMA", "Example", "Report", "Row", "Stage", "Training", "adamw", "cosine"),

@@ -13,7 +13,7 @@ from torch import Tensor
 from lct_core import generation
 from lct_core.backbone import ShotInput
 from lct_core.cli.factory import current_folder_on_path, own_code
-from lct_core.cli.options import COUNT, FINITE, FPS, LEVEL, device, seed, seeded, within_memory
+from lct_core.cli.options import COUNT, FINITE, FPS, LEVEL, POSITIVE, device, seed, seeded, within_memory
 from lct_core.cli.source import ModelCard
 from lct_core.codec import Codec
 from lct_core.data import VideoScene, read_image, read_video, write_scene, write_video
@@ -59,6 +59,13 @@ class _Given(NamedTuple):
     help="A video or image that is shot SHOT, counted from 1; can be repeated.",
 )
 @click.option("--steps", type=COUNT, default=32, show_default=True, help="Euler steps.")
+@click.option(
+    "--shift",
+    type=POSITIVE,
+    default=1.0,
+    show_default=True,
+    help="Above 1 for more of the steps at high noise, as the base model's pipeline has it; 1 is equal steps.",
+)
 @click.option("--guidance", type=FINITE, default=7.5, show_default=True, help="On the texts; 1 is none.")
 @click.option("--negative", metavar="TEXT", default="", help="Negative prompt of the shots.  [default: empty]")
 @click.option("--negative-global", metavar="TEXT", default="", help="Negative global prompt.  [default: empty]")
@@ -278,6 +285,7 @@ def _run(
     window: int,
     seed: int,
     steps: int,
+    shift: float,
     **numbers: Any,
 ) -> list[Tensor | None]:
     """The latents of every shot."""
@@ -288,7 +296,7 @@ def _run(
     shots = sum(shot.role != "global" for shot in scene) - len(given)
     loops = 1 if mode in ("joint", "conditional") else shots
     with Stages(Console(highlight=False)) as progress, progress(f"generate, {mode}", loops * steps) as advance:
-        common = {"steps": steps, "callback": lambda _: advance(), **numbers}
+        common = {"steps": generation.schedule(steps, shift=shift), "callback": lambda _: advance(), **numbers}
         if mode == "causal":
             return generation.causal(model, scene, given, history=generation.recent(window), seed=seed, **common)
         common["pattern"] = pattern

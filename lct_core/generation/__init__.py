@@ -7,7 +7,7 @@ became of it.
 from lct_core.generation.autoregressive import autoregressive
 from lct_core.generation.causal import causal
 from lct_core.generation.conditional import conditional
-from lct_core.generation.euler import Step, euler
+from lct_core.generation.euler import Step, euler, schedule
 from lct_core.generation.guidance import Guidance
 from lct_core.generation.history import History, recent
 from lct_core.generation.joint import joint
@@ -24,5 +24,6 @@ __all__ = [
     "joint",
     "negative_texts",
     "recent",
+    "schedule",
     "start_scene",
 ]

@@ -22,7 +22,7 @@ def autoregressive(
     t_c: float = 100.0,
     history: History | None = None,
     seed: int = 0,
-    steps: int = 32,
+    steps: int | Sequence[float] = 32,
     guidance: Guidance | None = None,
     pattern: str | Pattern = "bidirectional",
     callback: Callback | None = None,
@@ -42,7 +42,7 @@ def autoregressive(
         history: Which earlier shots are seen (default: the last eight, see :func:`recent`); the global one always is.
         seed: Of the noise that a generated shot gets as history: another than the one that it started from, which it
             still tells of (ours; the paper leaves it open).
-        steps: Euler steps for each shot (paper, A.2: 32).
+        steps: Euler steps for each shot (paper, A.2: 32), or their noise levels, as :func:`euler` takes them.
         guidance: Guidance on the texts (default: none).
         pattern: As :class:`SceneModel` takes it.
         callback: Called after every step.

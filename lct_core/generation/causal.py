@@ -23,7 +23,7 @@ def causal(
     t_c: float = 100.0,
     history: History | None = None,
     seed: int = 0,
-    steps: int = 32,
+    steps: int | Sequence[float] = 32,
     guidance: Guidance | None = None,
     callback: Callback | None = None,
 ) -> list[Latents | None]:
@@ -44,7 +44,7 @@ def causal(
             A chosen shot's keys hold what it saw itself when it was made (:meth:`KVCache.select`).
         seed: Of the noise that a generated shot gets as history: another than the one that it started from, which it
             still tells of (ours; the paper leaves it open).
-        steps: Euler steps for each shot (paper, A.2: 32).
+        steps: Euler steps for each shot (paper, A.2: 32), or their noise levels, as :func:`euler` takes them.
         guidance: Guidance on the texts (default: none).
         callback: Called after every step.
 

@@ -20,7 +20,7 @@ def conditional(
     given: Mapping[int, Latents],
     *,
     t_c: float = 100.0,
-    steps: int = 32,
+    steps: int | Sequence[float] = 32,
     guidance: Guidance | None = None,
     pattern: str | Pattern = "bidirectional",
     callback: Callback | None = None,
@@ -36,7 +36,7 @@ def conditional(
             dtype and on the device in which the model is called.
         given: Clean latents of the given shots, by their index in the scene counting from 0 (a global shot counts).
         t_c: Noise level of the given shots, 0-1000 (paper, 4.2: 100-500; C: 100). Low keeps more of them.
-        steps: Euler steps (paper, A.2: 32).
+        steps: Euler steps (paper, A.2: 32), or their noise levels, as :func:`euler` takes them.
         guidance: Guidance on the texts (default: none).
         pattern: As :class:`SceneModel` takes it.
         callback: Called after every step.

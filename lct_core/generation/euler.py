@@ -1,6 +1,8 @@
 """The one loop that every mode runs: plain Euler steps from noise to data (paper, A.2)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
+from math import isfinite
 from typing import NamedTuple
 
 import torch
@@ -34,24 +36,48 @@ class Step(NamedTuple):
 Callback = Callable[[Step], None]
 
 
+def schedule(steps: int, *, shift: float = 1.0) -> list[float]:
+    """Noise levels to step through, from 1 to 0: equal steps, each level t then moved to s t / (1 + (s - 1) t).
+
+    Args:
+        steps: Number of steps.
+        shift: The s that the base model is sampled with, above 1 for more steps at high noise (paper: none, 1; Wan's
+            pipelines: 3 at 480P and 5 at 720P). Where a pipeline speaks of mu, it is exp(mu). In training, the same
+            shift is a ``Stage.level_mean`` of log(shift).
+
+    Returns:
+        ``steps + 1`` levels.
+
+    Raises:
+        ValueError: for fewer than one step, or a shift that is not positive.
+    """
+    if not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps: got {steps!r}, expected an int of at least 1, or noise levels from 1 down to 0")
+    if not isfinite(shift) or shift <= 0:
+        raise ValueError(f"shift: got {shift!r}, expected a positive number; 1 is no shift")
+    levels = [1 - i / steps for i in range(steps + 1)]
+    return [shift * t / (1 + (shift - 1) * t) for t in levels]
+
+
 def euler(
     velocity: Velocity,
     noise: Sequence[Latents],
     *,
     path: Path | None = None,
     noisy: Sequence[Tensor | None] | None = None,
-    steps: int = 32,
+    steps: int | Sequence[float] = 32,
     shots: Sequence[int] | None = None,
     callback: Callback | None = None,
 ) -> list[Latents]:
-    """Follow the flow from noise, t = 1, to data, t = 0, in equal steps of the path, in float32 at least.
+    """Follow the flow from noise, t = 1, to data, t = 0, in steps of the path, in float32 at least.
 
     Args:
         velocity: dz/dt of some shots that share the noise level t: ``velocity(latents, t)``.
         noise: Where each shot starts.
-        path: Whose steps they are (default: of the straight one, z <- z - v / steps).
+        path: Whose steps they are (default: of the straight one, z <- z - (t - s) v from level t to s).
         noisy: Where each shot is to be denoised; the rest stays as it is (default: everywhere).
-        steps: Number of steps (paper, A.2: 32).
+        steps: Number of equal steps (paper, A.2: 32), or the noise levels themselves, from 1 down to 0: a
+            :func:`schedule`, or a scheduler's sigmas.
         shots: What a callback shall call these shots (default: 0, 1, 2, ...).
         callback: Called after every step.
 
@@ -59,15 +85,15 @@ def euler(
         Every shot at t = 0.
 
     Raises:
-        ValueError: for fewer than one step.
+        ValueError: for fewer than one step, and levels that do not go down from 1 to 0.
     """
-    if steps < 1:
-        raise ValueError(f"steps: got {steps}, expected at least 1")
+    levels = [float(t) for t in steps] if isinstance(steps, Iterable) else schedule(steps)
+    if len(levels) < 2 or (levels[0], levels[-1]) != (1, 0) or any(t <= s for t, s in pairwise(levels)):
+        raise ValueError(f"steps: got the levels {levels}, expected them to go down from 1 to 0")
     path = path or RectifiedFlow()
     names = tuple(range(len(noise)) if shots is None else shots)
     latents = [wide(z) for z in noise]
-    for i in range(steps):
-        t, s = 1 - i / steps, 1 - (i + 1) / steps
+    for done, (t, s) in enumerate(pairwise(levels), 1):
         change = velocity(latents, t)
         stepped = [path.step(z, v, t, s) for z, v in zip(latents, change, strict=True)]
         latents = [
@@ -75,7 +101,7 @@ def euler(
             for new, old, part in zip(stepped, latents, noisy or [None] * len(latents), strict=True)
         ]
         if callback is not None:
-            callback(Step(names, i + 1, steps, s, latents))
+            callback(Step(names, done, len(levels) - 1, s, latents))
     return latents
 
 

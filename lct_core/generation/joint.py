@@ -15,19 +15,19 @@ def joint(
     model: SceneModel | Experts,
     scene: Sequence[ShotInput],
     *,
-    steps: int = 32,
+    steps: int | Sequence[float] = 32,
     guidance: Guidance | None = None,
     pattern: str | Pattern = "bidirectional",
     callback: Callback | None = None,
 ) -> list[Latents | None]:
     """Generate all shots together, at one noise level.
 
-    A scene of one shot is the base model's own single-shot generation.
+    A scene of one shot is the base model's own single-shot generation, with the same noise levels in ``steps``.
 
     Args:
         model: A scene model, tuned with the pattern.
         scene: The shots; their latents are the noise that they start from, e.g. :func:`lct_core.shot_noise`.
-        steps: Euler steps (paper, A.2: 32).
+        steps: Euler steps (paper, A.2: 32), or their noise levels, as :func:`euler` takes them.
         guidance: Guidance on the texts (default: none).
         pattern: As :class:`SceneModel` takes it.
         callback: Called after every step.
