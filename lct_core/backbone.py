@@ -4,10 +4,10 @@ An adapter splits every block, per shot, around its attention: :meth:`Backbone.q
 after. Everything between is the engine's (:mod:`lct_core.scene_model`): coordinates, rotation, joining, plan and cache.
 """
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import isfinite
 from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import torch
@@ -26,6 +26,7 @@ Tokens = Literal["all", "video"]
 
 _OF_LATENTS = ("frames", "height", "width")
 _ANY_SIZE = 5  # of an axis of an extra that may have any, in random inputs
+_LONG = 100  # characters of a value in an error message
 
 
 class Kernel(Protocol):
@@ -48,12 +49,21 @@ class ShotInput:
         extras: What else the model takes (``Traits.extras``): further arguments of its own forward under its own names,
             and image conditions.
         role: ``"shot"``, or ``"global"`` for the global prompt, which has no output and no loss.
+
+    Raises:
+        ValueError: for extras that are no mapping.
     """
 
     text: Float[Tensor, "batch tokens width"]
     latents: Float[Tensor, "batch channels frames height width"] = None  # type: ignore[assignment]  # filled in by then
     extras: Mapping[str, Any] = field(default_factory=dict)
     role: Role = "shot"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.extras, Mapping):
+            raise ValueError(
+                f"extras: got {describe(self.extras)}, expected a mapping from names to values; {{}} for none"
+            )
 
     def to(self, device: torch.device | str) -> "ShotInput":
         """The same shot on a device, extras that are tensors included."""
@@ -134,7 +144,7 @@ class Site(NamedTuple):
 class QKV(NamedTuple):
     """Queries, keys and values of one site, ``[batch, tokens, heads, head_dim]``: normed, modulated, not rotated.
 
-    ``aux`` is whatever :meth:`Backbone.finish` needs again, a tensor or a tuple of tensors.
+    ``aux`` is whatever :meth:`Backbone.finish` needs again: anything made of tensors, tuples and lists.
     """
 
     q: Float[Tensor, "batch queries heads head_dim"]
@@ -152,16 +162,25 @@ class Extra(NamedTuple):
         required: Whether a shot must have it; a global shot need not where it is an image condition or follows the
             latents: it is then zero, as its dummy video is, or left out.
         image: Whether it is an image condition.
+        prompt: Whether it belongs to the prompt, as its pooled embedding does: a negative prompt has one of its own.
+        positive: Whether a plain number must be more than 0, as a frame rate must; any may be 0 or more.
     """
 
     shape: tuple[int | str, ...] | None
     required: bool = False
     image: bool = False
+    prompt: bool = False
+    positive: bool = False
 
     @property
     def follows_latents(self) -> bool:
         """Whether one of its axes is one of the latents'."""
         return bool(set(_OF_LATENTS).intersection(self.shape or ()))
+
+    @property
+    def has_channels(self) -> bool:
+        """Whether one of its axes has a size of the model's own, so that it is in floating point."""
+        return any(isinstance(axis, int) for axis in self.shape or ())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,6 +205,9 @@ class Traits:
         extras: What ``ShotInput.extras`` may hold, by name.
         text_mask: The extra that marks which text tokens are there and which are padding, ``[batch, tokens]``: padding
             is cut off before the model sees it (default: the model takes no such mask).
+
+    Raises:
+        ValueError: naming the trait, for a value that none of its kind can have.
     """
 
     latent_channels: int
@@ -208,6 +230,12 @@ class Traits:
         for name, kind in (("text", TextPath), ("pairing", Pairing)):
             if (value := getattr(self, name)) not in (*get_args(kind), *((None,) if name == "pairing" else ())):
                 raise ValueError(f"{name}: got {value!r}, expected one of {get_args(kind)}")
+        for name in ("latent_channels", "text_width", "heads", "kv_heads", "head_dim"):
+            if not isinstance(value := getattr(self, name), int) or value < 1:
+                raise ValueError(f"{name}: got {value!r}, expected a positive int; is it in the model's configuration?")
+        for name, extra in self.extras.items():
+            if any(not isinstance(axis, int | str) for axis in extra.shape or ()):
+                raise ValueError(f"extras: {name} has the shape {extra.shape}, expected sizes and names of axes")
         if not isinstance(self.path, Path):
             raise ValueError(f"path: got {self.path!r}, expected a lct_core.noise.Path, with all of its methods")
 
@@ -313,19 +341,23 @@ class Backbone(ABC):
             ValueError: naming what came, for latents or text that the model cannot take.
         """
         traits, latents, text = self.traits, inputs.latents, inputs.text
-        for name, value in (("latents", latents), ("text", text)):
+        for name, value, source in (("latents", latents, "VAE"), ("text", text, "text encoder")):
             if not isinstance(value, Tensor) or not value.is_floating_point():
-                came = f"a tensor of {value.dtype}" if isinstance(value, Tensor) else repr(value)
-                raise ValueError(f"{name}: got {came}, expected a floating-point tensor")
-        if latents.ndim != 5 or latents.shape[1] != traits.latent_channels:
+                came = f"a tensor of {value.dtype}" if isinstance(value, Tensor) else describe(value)
+                raise ValueError(f"{name}: got {came}, expected a floating-point tensor of the model's {source}")
+        if latents.ndim != 5 or latents.shape[1] != traits.latent_channels or not len(latents):
+            others = [name for name, extra in traits.extras.items() if extra.has_channels and extra.follows_latents]
+            fix = f"; other channels are extras: {others}" if others else ""
             raise ValueError(
-                f"latents: got {describe(latents)}, expected [batch, {traits.latent_channels}, frames, height, width]"
+                f"latents: got {describe(latents)}, expected [batch, {traits.latent_channels}, frames, height, width], "
+                f"a batch of 1 or more{fix}"
             )
         if text.ndim != 3 or text.shape[2] != traits.text_width or len(text) != len(latents):
             raise ValueError(
                 f"text: got {describe(text)}, expected [{len(latents)}, tokens, {traits.text_width}]: "
                 "one encoded prompt for every entry of the batch"
             )
+        _check_device("text", text, latents)
         least, most = traits.text_tokens
         if text.shape[1] < least or (most is not None and text.shape[1] > most):
             wanted = f"{least}" if most == least else f"{least} or more" if most is None else f"{least} to {most}"
@@ -413,7 +445,12 @@ class Backbone(ABC):
                     "every text token and 0 for padding"
                 )
             length = int(mask[0].bool().sum())
-            if not bool((mask.bool() == (torch.arange(mask.shape[1], device=mask.device) < length)).all()):
+            if not bool((mask == (torch.arange(mask.shape[1], device=mask.device) < length)).all()):
+                if not bool(((mask == 0) | (mask == 1)).all()):
+                    raise ValueError(
+                        f"extras: {self.traits.text_mask} has other values than 0 and 1, expected 1 for every text "
+                        "token and 0 for padding: the tokenizer's mask, and not what is added to attention scores"
+                    )
                 raise ValueError(
                     f"extras: {self.traits.text_mask} has {mask.bool().sum(1).tolist()} tokens of text, expected the "
                     "same number in every entry of the batch, padding behind: entries of a batch share one layout; "
@@ -431,7 +468,7 @@ class Backbone(ABC):
         takes, latents = self.traits.extras, inputs.latents
         if unknown := set(inputs.extras) - set(takes):
             raise ValueError(
-                f"extras: got {sorted(unknown)}, which {type(self.model).__name__} does not take; "
+                f"extras: got {sorted(unknown, key=str)}, which {type(self.model).__name__} does not take; "
                 f"it takes {sorted(takes) or 'none'}"
             )
         missing = [
@@ -449,8 +486,7 @@ class Backbone(ABC):
         sizes = dict(zip(_OF_LATENTS, latents.shape[2:], strict=True))
         for name, value in inputs.extras.items():
             if (shape := takes[name].shape) is None:
-                if not isinstance(value, int | float) or not isfinite(value) or value < 0:
-                    raise ValueError(f"extras: {name} is {describe(value)}, expected a number that is not negative")
+                _check_number(name, value, positive=takes[name].positive)
                 continue
             axes = [len(latents), *(sizes.get(axis, axis) if isinstance(axis, str) else axis for axis in shape)]
             if (
@@ -459,6 +495,11 @@ class Backbone(ABC):
                 or any(isinstance(axis, int) and axis != size for axis, size in zip(axes, value.shape, strict=True))
             ):
                 raise ValueError(f"extras: {name} is {describe(value)}, expected a tensor {_words(axes)}")
+            if value.is_complex() or (takes[name].has_channels and not value.is_floating_point()):
+                kind = "floating-point" if takes[name].has_channels else "real"
+                raise ValueError(f"extras: {name} is {value.dtype}, expected a {kind} tensor; call .to(latents.dtype)")
+            if name != self.traits.text_mask or value.is_meta:  # whose numbers are read, best where that is no wait
+                _check_device(f"extras: {name}", value, latents)
 
 
 class Support(NamedTuple):
@@ -540,10 +581,28 @@ class KernelSpec:
     rank: int | None = None
 
 
+def _check_number(name: str, value: Any, *, positive: bool) -> None:
+    is_number = isinstance(value, int | float) and not (positive and isinstance(value, bool))
+    if not is_number or not 0 <= value <= sys.float_info.max or (positive and not value):
+        kind = "a number above 0" if positive else "a number that is not negative"
+        raise ValueError(f"extras: {name} is {describe(value)}, expected {kind}")
+
+
+def _check_device(name: str, value: Tensor, latents: Tensor) -> None:
+    if value.device != latents.device:
+        raise ValueError(
+            f"{name} is on {value.device}, expected {latents.device} as the latents are; move all of a shot with "
+            "ShotInput.to(device)"
+        )
+
+
 def _words(axes: Sequence[int | str]) -> str:
     return f"[{', '.join(map(str, axes))}]"
 
 
 def describe(value: Shaped[Tensor, "..."] | object) -> str:
-    """A value as an error message shows it: a tensor by its shape."""
-    return str(list(value.shape)) if isinstance(value, Tensor) else repr(value)
+    """A value as an error message shows it: a tensor by its shape, anything else in one line that is not long."""
+    if isinstance(value, Tensor):
+        return str(list(value.shape))
+    words = " ".join(repr(value).split())
+    return words if len(words) <= _LONG else f"{words[:_LONG]}..."

@@ -20,6 +20,9 @@ class Codec(Protocol):
     Around a real model these are its VAE and its text encoder. They are called without recording gradients. What goes
     in is float32 on the CPU; what comes out may be in any floating dtype on any device: noise is added in float32, and
     the model gets what it is called with. A ValueError from here is shown to the user as it is.
+
+    There is no place in it for a model's required extras, a pooled prompt or an image condition: with such models, make
+    each :class:`lct_core.ShotInput` yourself, for :func:`lct_core.tuning_loss` and the modes of generation.
     """
 
     def encode(self, frames: Float[Tensor, "3 frames height width"]) -> Float[Tensor, "channels t y x"]:

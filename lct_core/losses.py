@@ -37,7 +37,10 @@ def scene_loss(outputs: Sequence[Any], targets: Sequence[Any]) -> SceneLoss:
     """
     pairs = list(_pairs(outputs, targets))
     if not pairs:
-        raise ValueError("outputs: got no shot with a prediction, expected at least one that is not global")
+        raise ValueError(
+            "outputs: got no shot with a prediction, expected at least one that is neither global nor a clean "
+            "condition throughout"
+        )
     for i, (output, target) in enumerate(pairs):
         if not isinstance(target, Tensor):
             raise ValueError(f"targets: target {i} is {target!r}, expected a tensor shaped like its prediction")
@@ -71,8 +74,8 @@ def tuning_loss(
     """
     if not isinstance(model, SceneModel):
         raise ValueError(
-            f"model: got {type(model).__name__}, expected a SceneModel; tune each of two experts by itself, on noise "
-            "levels of its own side of the boundary"
+            f"model: got {type(model).__name__}, expected a SceneModel; tune each of two experts by itself, the "
+            "shots that it is to denoise at levels on its side of the boundary and their conditions at any"
         )
     scenes, nested = as_scenes(shots)
     draws = noise if nested else [noise]

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lct_core import masks
+from lct_core._wrong_input import check_finite, check_places, explained
 from lct_core.attention import attend, without_autocast
 from lct_core.backbone import QKV, Backbone, ShotInput, Site, State, Tokens, describe
 from lct_core.cache import KVCache, Space, Stage
@@ -146,7 +147,9 @@ class SceneModel:
         given = [shot for scene in scenes for shot in _complete(scene, self.adapter)]
         for shot in given:
             self.adapter.shot(shot)  # refuses what came; then the same without padding
-        inputs = [self.adapter.prepare(shot) for shot in given]
+        with explained(self.adapter, given):
+            inputs = [self.adapter.prepare(shot) for shot in given]
+        check_finite(inputs)
         counts = [self.adapter.shot(shot) for shot in inputs]
         if self.text == "own" and self.adapter.traits.text == "cross" and "global" in [shot.role for shot in counts]:
             raise ValueError(
@@ -164,7 +167,8 @@ class SceneModel:
         flat = iter(counts)
         layout = Layout([[next(flat) for _ in scene] for scene in scenes], self.adapter.traits.text_first)
         call = _Call(self, layout, inputs, levels.to(inputs[0].latents.device), pattern, cache)
-        outputs = iter(self.backbone(call, inputs))
+        with explained(self.adapter, inputs):
+            outputs = iter(self.backbone(call, inputs))
         if cache is not None:
             cache.stage(Stage(layout.shots, levels, call.origins, call.extents))
         return [[next(outputs) for _ in scene] for scene in scenes] if nested else list(outputs)
@@ -303,6 +307,7 @@ class _Call:
                     steps = extent(shot, scheme=self.scheme)
                 else:
                     coords = self.adapter.coordinates(given, shot)
+                    check_places(coords, given)
                     steps = measured_extent(coords, traits.unit)
                 origins.append(origin)
                 extents.append(steps)
@@ -522,10 +527,12 @@ def noise_levels(t: Tensor, roles: Sequence[Role], batch: int) -> Float[Tensor, 
         ValueError: for another number of shots or entries, levels outside [0, 1], or a global shot that is not clean.
     """
     shots = len(roles)
-    if not isinstance(t, Tensor) or not t.is_floating_point() or t.shape not in ((shots,), (batch, shots)):
+    shapes = (shots,), (batch, shots)
+    if not isinstance(t, Tensor) or not t.is_floating_point() or t.is_meta or t.shape not in shapes:
+        kind = f"; it is {t.dtype} on {t.device}" if isinstance(t, Tensor) and t.shape in shapes else ""
         raise ValueError(
             f"t: got {describe(t)}, expected floating-point noise levels [{shots}] or [{batch}, {shots}], one for "
-            "every shot in row order"
+            f"every shot in row order{kind}"
         )
     levels = t.to(torch.promote_types(t.dtype, torch.float32)).expand(batch, -1)
     if not bool(((levels >= 0) & (levels <= 1)).all()):

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given as drawn
@@ -21,6 +22,7 @@ EXTRAS = {
     "fps": Extra(None),
 }
 LATENTS = (2, 3, 3, 4, 6)
+NAN, INF = float("nan"), float("inf")
 FITTING = {
     "strength": (2,),
     "mask": (2, 4),
@@ -102,10 +104,94 @@ def test_the_message_says_what_shape_is_expected():
         demanding().shot(given)
 
 
-@pytest.mark.parametrize("fps", [torch.ones(2), "24", None])
+@pytest.mark.parametrize("fps", [torch.ones(2), torch.tensor(24.0), "24", None, 1j, -1, NAN, INF, 10**400])
 def test_a_number_is_a_number(fps):
     with pytest.raises(ValueError, match=r"^extras: fps is .*, expected a number that is not negative$"):
         demanding().shot(shot(**{**fitting(), "fps": fps}))
+
+
+@pytest.mark.parametrize("rate", [0, 0.0, True, False, -1, NAN, INF, torch.tensor(24.0)])
+def test_a_rate_is_a_number_above_0(rate):
+    adapter = toy()
+    adapter.traits = replace(adapter.traits, extras={"rate": Extra(None, positive=True), "flag": Extra(None)})
+    with pytest.raises(ValueError, match=r"^extras: rate is .*, expected a number above 0$"):
+        adapter.shot(shot(rate=rate))
+    adapter.shot(shot(rate=1e-9, flag=True))
+    adapter.shot(shot(rate=25, flag=0))
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, torch.complex64])
+def test_what_has_channels_is_in_floating_point(dtype):
+    for name, size in FITTING.items():
+        given = shot(**{**fitting(), name: torch.ones(size, dtype=dtype)})
+        if name in ("strength", "mask") and dtype != torch.complex64:
+            demanding().shot(given)
+        else:
+            with pytest.raises(
+                ValueError, match=rf"^extras: {name} is {dtype}, expected a (floating-point|real) tensor"
+            ):
+                demanding().shot(given)
+
+
+def test_a_shot_is_on_one_device():
+    """But for the text mask, whose values are read: on the CPU that is no wait."""
+    given = shot(**fitting())
+    message = r" is on meta, expected cpu as the latents are; .*ShotInput\.to\(device\)"
+    with pytest.raises(ValueError, match="^text" + message):
+        demanding().shot(replace(given, text=given.text.to("meta")))
+    for name in FITTING:
+        with pytest.raises(ValueError, match=f"^extras: {name}" + message):
+            demanding().shot(shot(**{**fitting(), name: fitting()[name].to("meta")}))
+    demanding().shot(replace(given.to("meta"), extras={**given.to("meta").extras, "mask": fitting()["mask"]}))
+
+
+@pytest.mark.parametrize("extras", [None, ["fps"], "fps", 24])
+def test_extras_are_a_mapping(extras):
+    with pytest.raises(ValueError, match=r"^extras: got .*, expected a mapping from names to values"):
+        replace(shot(), extras=extras)
+
+
+@pytest.mark.parametrize("value", [[[0.5] * 1000] * 1000, np.zeros((2, 3, 4)), "photo" * 1000])
+def test_messages_are_short(value):
+    for given in (replace(shot(), latents=value), shot(**{**fitting(), "pooled": value})):
+        with pytest.raises(ValueError, match=r"^(latents|extras: pooled)[^\n]{1,300}$"):
+            demanding().shot(given)
+
+
+@pytest.mark.parametrize(
+    ("latents", "message"),
+    [
+        (
+            torch.ones(0, *LATENTS[1:]),
+            r"got \[0, 3, 3, 4, 6\], expected \[batch, 3, frames, height, width\], a batch of 1",
+        ),
+        (
+            torch.ones(2, 7, 3, 4, 6),
+            r"got \[2, 7, 3, 4, 6\], expected .*; other channels are extras: \['image', 'first'\]",
+        ),
+        (
+            torch.ones(LATENTS, dtype=torch.uint8),
+            "got a tensor of torch.uint8, expected a floating-point tensor of the ",
+        ),
+    ],
+)
+def test_latents_that_are_none(latents, message):
+    with pytest.raises(ValueError, match=f"^latents: {message}"):
+        demanding().shot(replace(shot(**fitting()), latents=latents))
+
+
+@pytest.mark.parametrize(
+    ("trait", "message"),
+    [
+        ({"latent_channels": None}, "latent_channels: got None, expected a positive int"),
+        ({"text_width": 0}, "text_width: got 0, expected a positive int"),
+        ({"head_dim": 8.0}, r"head_dim: got 8\.0, expected a positive int"),
+        ({"extras": {"image": Extra((None, "frames"))}}, r"extras: image has the shape \(None, 'frames'\), expected"),
+    ],
+)
+def test_traits_that_no_model_has(trait, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        replace(toy().traits, **trait)
 
 
 def test_unknown_extras_are_refused():
@@ -195,6 +281,9 @@ def test_without_a_mask_nothing_is_cut_off():
         ([[0, 0, 1, 1], [0, 0, 1, 1]], r"^extras: mask has \[2, 2\] tokens of text, .*padding behind"),
         ([[1, 1, 0, 0], [1, 0, 1, 0]], r"^extras: mask has \[2, 2\] tokens of text, .*padding behind"),
         ([[1, 1, 1], [1, 1, 1]], r"^extras: mask is \[2, 3\], expected \[2, 4\], 1 for every text token"),
+        ([[1.0, 1.0, 0.5, 0.0]] * 2, r"^extras: mask has other values than 0 and 1, expected 1 for every text token"),
+        ([[0.0, 0.0, 0.0, -1e4]] * 2, r"^extras: mask has other values .*not what is added to attention scores"),
+        ([[NAN, 1.0, 0.0, 0.0]] * 2, r"^extras: mask has other values than 0 and 1"),
     ],
 )
 def test_masks_that_cannot_be_cut_along_are_refused(mask, message):
@@ -232,3 +321,83 @@ def test_padding_changes_no_bit_of_a_scene(config):
     (alone,) = model(long[-1:], t[-1:])
     base = adapter.single_shot(scene[-1], adapter.traits.timestep(t[-1:]).expand(2))
     assert error(alone, base) <= BOUNDS[torch.float32]["one shot"].absolute
+
+
+# Where torch would fail, or go on with nonsense.
+
+
+def scene_model(**config):
+    adapter = toy(**config)
+    return retrofit(adapter.model, backbone=adapter)
+
+
+T = torch.tensor([0.5])
+
+
+@pytest.mark.parametrize("name", ["latents", "text", "extras: pooled"])
+def test_an_input_unlike_the_weights_is_named(name):
+    model, given = scene_model(), shot(pooled=random(2, 5))
+    model.adapter.traits = replace(model.adapter.traits, extras={"pooled": Extra((5,))})
+    encode = model.adapter.encode
+    model.adapter.encode = lambda inputs, timestep: encode(
+        replace(inputs, text=inputs.text + inputs.extras["pooled"][:, None], extras={}), timestep
+    )
+    model([given], T)
+    if name == "extras: pooled":
+        wrong = replace(given, extras={"pooled": given.extras["pooled"].double()})
+    else:
+        wrong = replace(given, **{name: getattr(given, name).double()})
+    message = (
+        rf"^{name}: got torch\.float64 on cpu in shot 1, expected torch\.float32 on cpu, as the model's weights are; "
+        ".*; torch says: .*"
+    )
+    with pytest.raises(ValueError, match=message) as caught, torch.no_grad():
+        model([given, wrong], T.repeat(2))
+    assert isinstance(caught.value.__cause__, RuntimeError)
+
+
+def test_a_scene_on_another_device_than_the_weights_is_named():
+    with pytest.raises(ValueError, match=r"^latents: got torch\.float32 on meta in shot 0, expected .* on cpu, as the"):
+        scene_model()([shot().to("meta")], T)
+
+
+def test_autocast_brings_dtypes_together():
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        (out,) = scene_model()([shot()], T)
+    assert out.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("error", [RuntimeError, torch.OutOfMemoryError])
+def test_other_failures_are_what_they_were(error):
+    model = scene_model()
+
+    def fail(*_):
+        raise error("of the device")
+
+    model.adapter.head = fail
+    with pytest.raises(error, match=r"^of the device$"):
+        model([shot()], T)
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+def test_extras_are_finite(value):
+    given = shot(strength=torch.tensor([1.0, value]))
+    with pytest.raises(
+        ValueError, match=r"^extras: strength \[2\] has values that are not finite, expected finite ones"
+    ):
+        scene_model()([given], T)
+
+
+def test_places_are_finite():
+    model = scene_model()
+    model.adapter.traits = replace(model.adapter.traits, extras={"fps": Extra(None, positive=True)})
+    places = model.adapter.coordinates
+    model.adapter.coordinates = lambda inputs, counts: places(inputs, counts) / inputs.extras["fps"]
+    with pytest.raises(ValueError, match=r"^extras: with {'fps': 1e-320}, tokens lie at places that are not finite"):
+        model([shot(fps=1e-320)], T)
+
+
+@pytest.mark.parametrize("t", [torch.tensor([1]), torch.tensor([True]), torch.tensor([0.5], device="meta")])
+def test_noise_levels_are_numbers_that_can_be_read(t):
+    with pytest.raises(ValueError, match=rf"^t: got \[1\], expected floating-point .*; it is {t.dtype} on {t.device}$"):
+        scene_model()([shot()], t)

@@ -26,24 +26,29 @@ every_case = pytest.mark.parametrize("case", CASES, ids=str)
 
 
 class Scene:
-    """Three unequal shots of a case, a batch of two, each at a noise level of its own."""
+    """Three unequal shots of a case, a batch of two, each at a noise level of its own; a global prompt before them."""
 
     def __init__(self, case: Case, *, seed: int = 0, prompt: bool = False) -> None:
         self.case = case
         self.adapter = retrofit(case.model()).adapter  # the scene's own: inputs are drawn by it, outputs are not
+        assert (case.text is not None) == (self.adapter.traits.text == "cross")  # else prompts would go uncompared
         generator = torch.Generator().manual_seed(seed)
         drawn = [self.adapter.example(s, batch=2, generator=generator, dtype=torch.float32) for s in case.shots]
         self.shots = [replace(s, extras={n: x for n, x in s.extras.items() if n not in case.without}) for s in drawn]
         self.t = torch.rand(2, len(self.shots), generator=generator)
         if prompt:
-            text = torch.randn(2, 4, self.adapter.traits.text_width, generator=generator)
-            self.shots = [ShotInput(text=text, role="global"), *self.shots]
+            tokens, width = max(4, self.adapter.traits.text_tokens[0]), self.adapter.traits.text_width
+            text = torch.randn(2, tokens, width, generator=generator)
+            first, takes = self.shots[0], self.adapter.traits.extras
+            extras = {n: x for n, x in first.extras.items() if not (takes[n].image or takes[n].follows_latents)}
+            dummy = None if case.text else torch.zeros_like(first.latents[:, :, : self.adapter.traits.patch[0]])
+            self.shots = [ShotInput(text=text, latents=dummy, extras=extras, role="global"), *self.shots]
             self.t = torch.cat([torch.zeros(2, 1), self.t], dim=1)
 
     def alone(self, model, i):
-        """The model's own forward on one shot; a global prompt gets some latents, which nobody sees."""
+        """The model's own forward on one shot; a global prompt without video gets some, which nobody sees."""
         shot = self.shots[i]
-        if shot.role == "global":
+        if shot.latents is None:
             shot = replace(self.shots[1], text=shot.text)
         adapter = type(self.adapter)(model)
         return adapter.single_shot(adapter.prepare(shot), adapter.traits.timestep(self.t[:, i]))
@@ -51,14 +56,16 @@ class Scene:
     def oracle(self, *, pattern="bidirectional", text="own"):
         """What the unmodified forwards give where their attentions are joined."""
         model = self.case.model()
-        shots = [self.adapter.prepare(s) if s.role == "shot" else s for s in self.shots]
-        steps = [self.case.steps(s, self.adapter.shot(s)) if s.role == "shot" else 0 for s in shots]
+        shots = [s if s.latents is None else self.adapter.prepare(s) for s in self.shots]
+        steps = [0 if s.latents is None else self.case.steps(s, self.adapter.shot(s)) for s in shots]
         place = torch.arange(len(shots))
         own, prompt = place[:, None] == place, torch.tensor([s.role == "global" for s in shots])
+        video = torch.tensor([s.latents is not None for s in shots])
         earlier = torch.ones_like(own) if pattern == "bidirectional" else place <= place[:, None]
-        joins = {m: Join(own | (earlier & ~prompt)) for m in self.case.joined(model)}
-        sees = {"own": own, "own_and_global": own | prompt, "all": earlier | prompt}[text]
-        joins |= {m: Join(sees, turned=False) for m in (self.case.text or (lambda _: ()))(model)}
+        heard = {"own": own, "own_and_global": own | prompt, "all": earlier | prompt}[text]
+        sees = {"text": Join(heard, turned=False), "image": Join(own, turned=False)}
+        joins = {m: Join(own | (earlier & video)) for m in self.case.joined(model)}
+        joins |= {m: [sees[source] for source in self.case.sources] for m in (self.case.text or (lambda _: ()))(model)}
         outputs = lockstep(
             [lambda i=i: self.alone(model, i) for i in range(len(shots))],
             joins,
@@ -105,11 +112,14 @@ def test_shot_after_shot_with_a_cache_is_the_joined_forwards(case):
     assert worst(got, scene.oracle(pattern="context_causal")) <= FLOAT32["cached"].absolute
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.text], ids=str)
+@pytest.mark.parametrize(
+    ("case", "text"),
+    [(case, text) for case in CASES for text in (("own_and_global", "all") if case.text else ("own",))],
+    ids=str,
+)
 @pytest.mark.parametrize("pattern", ["bidirectional", "context_causal"])
-@pytest.mark.parametrize("text", ["own_and_global", "all"])
 @torch.no_grad()
-def test_prompts_of_other_shots_are_heard_in_cross_attention(case, pattern, text):
+def test_a_global_prompt_and_those_of_other_shots_are_heard(case, text, pattern):
     scene = Scene(case, prompt=True)
     model = retrofit(case.model(), text=text)
     expected = scene.oracle(pattern=pattern, text=text)
@@ -127,6 +137,84 @@ def test_prompts_of_other_shots_are_heard_in_cross_attention(case, pattern, text
 def test_conformance(case, dtype):
     broken = [f for f in conformance(case.model, dtypes=[dtype]) if not f.holds]
     assert not broken, "\n".join(map(str, broken))
+
+
+def wrong_uses(shot, traits):
+    """Shots that no model of these traits can take, each with what its error says: the argument, and what came."""
+    nan, batch = float("nan"), len(shot.latents)
+
+    def extra(name, value):
+        return replace(shot, extras={**shot.extras, name: value})
+
+    yield r"latents: got \[0, ", replace(shot, latents=shot.latents[:0])
+    yield r"latents: got frames, height, width \(0, ", replace(shot, latents=shot.latents[:, :, :0])
+    for axis, size in enumerate(traits.patch, start=2):
+        if size > 1:
+            cut = shot.latents.narrow(axis, 0, shot.latents.shape[axis] - 1)
+            yield "latents: got frames, height, width ", replace(shot, latents=cut)
+    yield "latents: got a tensor of torch.uint8", replace(shot, latents=shot.latents.byte())
+    yield "text: got a tensor of torch.int64", replace(shot, text=shot.text.long())
+    yield rf"text: got \[{batch - 1}, ", replace(shot, text=shot.text[1:])
+    yield "text: got .*, 0]", replace(shot, text=shot.text[..., :0])
+    yield "text is on meta", replace(shot, text=shot.text.to("meta"))
+    for name, kind in traits.extras.items():
+        if kind.shape is None:
+            number = f"extras: {name} is .*, expected a number"
+            for value in (-1, nan, 10**400, "24", None, torch.tensor(24.0), *((0, True) if kind.positive else ())):
+                yield number, extra(name, value)
+            if kind.positive:
+                yield (
+                    f"extras: with {{'{name}': 1e-320}}, tokens lie at places that are not finite",
+                    extra(name, 1e-320),
+                )
+        elif name == traits.text_mask:
+            mask = torch.ones(shot.text.shape[:2])
+            for value in (0.5 * mask, nan * mask, mask.cumsum(1) - 2):
+                yield f"extras: {name} has other values than 0 and 1", extra(name, value)
+            yield (
+                f"extras: {name} is .*, expected .*1 for every text token",
+                extra(name, torch.cat([mask, mask], dim=1)),
+            )
+            yield f"extras: {name} is on meta", extra(name, mask.to("meta"))
+        elif name in shot.extras:
+            given = shot.extras[name]
+            yield f"extras: {name} is on meta", extra(name, given.to("meta"))
+            yield f"extras: {name} is torch.complex64, expected a ", extra(name, given.to(torch.complex64))
+            yield rf"extras: {name} is \[{batch - 1}", extra(name, given[1:])
+            yield f"extras: {name} .*(not finite|than 0 and 1|from nan)", extra(name, given * nan)
+            if kind.has_channels:
+                yield f"extras: {name} is torch.uint8, expected a floating-point", extra(name, given.byte())
+
+
+@every_case
+@torch.no_grad()
+def test_wrong_use_names_the_argument_and_what_came(case):
+    scene, model = Scene(case), retrofit(case.model())
+    shot, t = scene.shots[0], scene.t[:, :1]
+    for message, wrong in wrong_uses(shot, model.adapter.traits):
+        with pytest.raises(ValueError, match=f"^{message}"):
+            model([wrong], t)
+
+
+@every_case
+@torch.no_grad()
+def test_what_the_models_own_forward_fails_on_is_named(case):
+    """Other dtypes than the weights': some models convert, and then a scene is served as well."""
+    scene, model = Scene(case), retrofit(case.model())
+    adapter, shot, t = model.adapter, scene.shots[0], scene.t[:, :1]
+    wide = {n for n, extra in adapter.traits.extras.items() if extra.has_channels} & set(shot.extras)
+    wrong = {name: replace(shot, **{name: getattr(shot, name).double()}) for name in ("latents", "text")}
+    wrong |= {f"extras: {n}": replace(shot, extras={**shot.extras, n: shot.extras[n].double()}) for n in wide}
+    for name, given in wrong.items():
+        try:
+            adapter.single_shot(adapter.prepare(given), adapter.traits.timestep(t[:, 0]))
+        except RuntimeError:
+            with pytest.raises(
+                ValueError, match=rf"^{name}: got torch\.float64 on cpu in shot 0, expected torch\.float32"
+            ):
+                model([given], t)
+        else:
+            assert model([given], t)[0].isfinite().all()
 
 
 def described(traits):

@@ -803,9 +803,38 @@ def test_a_negative_prompt_replaces_extras_by_name(mode, overall):
             assert same_extras(other.extras, {**shot.extras, **put})
 
 
-def test_extras_are_left_by_default():
-    scene = [replace(shot, extras={"pooled": 1}) for shot in draw(*FOUR, with_global=True)]
-    assert [shot.extras for shot in Guidance(text=negatives()[1]).negative(scene)] == [{"pooled": 1}] * 5
+def taking(**extras):
+    """The traits of a model that takes these extras."""
+    return replace(retrofit(tiny()).adapter.traits, extras=extras)
+
+
+def test_extras_that_are_not_the_prompts_are_left():
+    scene = [replace(shot, extras={"fps": 1}) for shot in draw(*FOUR, with_global=True)]
+    negative = Guidance(text=negatives()[1]).negative(scene, taking(fps=Extra(None)))
+    assert [shot.extras for shot in negative] == [{"fps": 1}] * 5
+
+
+def test_a_negative_prompt_has_all_that_belongs_to_a_prompt():
+    scene = [replace(shot, extras={"pooled": torch.ones(2, 3), "more": 1}) for shot in draw(*FOUR, with_global=False)]
+    traits = taking(pooled=Extra((3,), required=True, prompt=True), more=Extra(None, prompt=True))
+    pooled = Guidance(text=negatives()[1], extras={"pooled": torch.zeros(2, 3)})
+    for shot in pooled.negative(scene, traits):
+        assert same_extras(shot.extras, pooled.extras)  # and nothing of the positive one
+    with pytest.raises(
+        ValueError, match=r"^extras: the negative prompt has none, but the model also takes \['pooled'\]"
+    ):
+        Guidance(text=negatives()[1]).negative(scene, traits)
+
+
+def test_a_negative_prompts_extras_follow_the_prompts():
+    scene = [
+        replace(shot, extras={"pooled": torch.ones(2, 3, dtype=torch.bfloat16)})
+        for shot in draw(*FOUR, with_global=False)
+    ]
+    extras = {"pooled": torch.full((1, 3), 0.1), "mask": torch.ones(1, 4, dtype=torch.bool)}
+    for shot in Guidance(text=negatives()[1], extras=extras).negative(scene, taking()):
+        assert torch.equal(shot.extras["pooled"], torch.full((2, 3), 0.1, dtype=torch.bfloat16))
+        assert torch.equal(shot.extras["mask"], torch.ones(2, 4, dtype=torch.bool))
 
 
 @every_mode

@@ -94,6 +94,17 @@ def test_offloading_hooks_fire_around_every_block(case):
     assert {p.device.type for p in model.backbone.parameters()} == {"meta"}
 
 
+@every_family
+@torch.no_grad()
+def test_weights_that_are_stored_smaller_than_they_are_computed_with(case):
+    scene, (own, model) = Scene(case), (case.model(), retrofit(case.model()))
+    for network in (own, model.backbone):
+        network.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    assert torch.float8_e4m3fn in {weight.dtype for weight in model.backbone.parameters()}
+    (got,) = model(scene.shots[:1], scene.t[:, :1])
+    assert error(got, scene.alone(own, 0)) <= bound(case)
+
+
 def test_offloading_first_and_retrofitting_after_is_refused():
     model = FAMILIES[0].model()
     accelerate.cpu_offload(model, execution_device=torch.device("cpu"))

@@ -101,7 +101,11 @@ def test_arithmetic_is_in_float32():
     ("outputs", "targets", "message"),
     [
         ([], [], "^outputs: got no shot with a prediction"),
-        ([None], [None], "^outputs: got no shot with a prediction, expected at least one that is not global"),
+        (
+            [None],
+            [None],
+            "^outputs: got no shot with a prediction, expected at least one that is neither global nor a clean",
+        ),
         ([[None], [None]], [[None], [None]], "^outputs: got no shot with a prediction"),
         ([torch.zeros(1)], [], "^targets: got 0 entries for 1 outputs, expected the two nested alike"),
         ([[torch.zeros(1)], [torch.zeros(1)]], [[torch.zeros(1)]], "^targets: got 1 entries for 2 outputs"),

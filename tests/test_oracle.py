@@ -89,6 +89,42 @@ def test_keys_that_do_not_move_are_not_turned(layers, shots):
     assert all(torch.equal(g, x) for g, x in zip(got, unmoved, strict=True))
 
 
+class Twice(Layer):
+    """The same attention two times, as a cross-attention to two things has it."""
+
+    def forward(self, x):
+        return super().forward(super().forward(x))
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_attentions_of_one_module_may_join_differently(shots, order):
+    layer, diagonal = Twice(0), torch.tensor([[1.0, 0.5]], dtype=torch.float64)
+    everyone, alone = Join(torch.ones(3, 3).bool()), Join(torch.eye(3).bool(), turned=False)
+    joins = [(everyone, alone)[i] for i in order]
+    got = lockstep([lambda x=x: layer(x) for x in shots], {layer: joins}, offsets=(0, 7, 19), diagonal=diagonal)
+    expected = shots
+    for join in joins:
+        expected = by_hand(layer, expected, join.sees, (0, 7, 19) if join.turned else (0, 0, 0))
+    assert max(error(g, x) for g, x in zip(got, expected, strict=True)) <= KERNEL
+
+
+def test_one_join_is_for_all_attentions_of_a_module(shots):
+    layer, join = Twice(0), Join(torch.ones(3, 3).tril().bool())
+    got, expected = (
+        lockstep([lambda x=x: layer(layer(x)) for x in shots], {layer: joins}, offsets=(0, 0, 0), diagonal=None)
+        for joins in (join, [join, join])  # for every forward of it anew
+    )
+    assert all(torch.equal(g, x) for g, x in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_a_module_that_attends_not_once_for_each_of_its_joins_is_an_error(shots, count):
+    layer, joins = Twice(0), [Join(torch.ones(3, 3).bool())] * count
+    message = f"joins: got {count} Joins for a Twice whose forward calls scaled_dot_product_attention 2 times"
+    with pytest.raises(RuntimeError, match=message):
+        lockstep([lambda x=x: layer(x) for x in shots], {layer: joins}, offsets=(0, 0, 0), diagonal=None)
+
+
 def test_gradients_flow_between_the_shots(layers, shots):
     leaves = [shot.clone().requires_grad_() for shot in shots]
     joins = {layer: Join(torch.ones(3, 3).tril().bool()) for layer in layers}

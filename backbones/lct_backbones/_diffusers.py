@@ -2,10 +2,12 @@
 
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from diffusers.models.attention import AttentionModuleMixin
+from diffusers.models.attention_dispatch import dispatch_attention_fn
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -26,7 +28,9 @@ class DiffusersBackbone(Backbone):
     #: The model's lists of blocks, in order.
     stacks: ClassVar[tuple[str, ...]] = ("transformer_blocks",)
     #: The order in which the head's channels hold a patch: (t)ime, (h)eight, (w)idth, (c)hannel.
-    patches: ClassVar[str] = "(t h w c)"
+    patches: ClassVar[str] = "(c t h w)"
+    #: Extras whose tokens join those of the text in self-attention.
+    texts: ClassVar[tuple[str, ...]] = ()
     #: Radians per coordinate, ``[3, pairs]``, in the dtype of the model's own angles; for models with RoPE.
     frequencies: Tensor
 
@@ -42,15 +46,34 @@ class DiffusersBackbone(Backbone):
         """Traits whose values most configurations give under the same names."""
         heads, channels = config.num_attention_heads, config.get("out_channels") or config.in_channels
         shared = {"latent_channels": channels, "heads": heads, "kv_heads": heads, "head_dim": config.attention_head_dim}
-        patch = config.get("patch_size_t") or 1, config.get("patch_size"), config.get("patch_size")
+        size, text_width = config.get("patch_size"), config.get("text_embed_dim") or config.get("joint_attention_dim")
+        patch = (config.get("patch_size_t") or 1, size, size) if isinstance(size, int) else size
         if mask := traits.get("text_mask"):
             traits["extras"] = {mask: Extra(("tokens",)), **traits.get("extras", {})}
-        return Traits(**{**shared, "patch": patch, "text_width": config.get("text_embed_dim"), **traits})
+        return Traits(**{**shared, "patch": patch, "text_width": text_width, **traits})
 
-    def condition(self, channels: int, *, required: bool = True) -> dict[str, Extra]:
-        """The extra for image channels that the model takes behind those of the latents, where there are any."""
+    def condition(self, config: Any, *, packed: int = 1, required: bool = True) -> dict[str, Extra]:
+        """The extra for image channels that the model takes behind those of the latents, where there are any.
+
+        Args:
+            config: Of a model that takes no other channels beside those that it predicts.
+            packed: Latents whose channels it counts as those of one token.
+            required: Whether a shot must have it.
+        """
+        channels = (config.in_channels - (config.out_channels or config.in_channels)) // packed
         shape = (channels, "frames", "height", "width")
         return {"condition": Extra(shape, required=required, image=True)} if channels else {}
+
+    def beside_time(self, config: Any) -> dict[str, Extra]:
+        """The extras that are embedded with the time: a pooled prompt, and guidance where the model is distilled."""
+        width = config.get("pooled_projection_dim")
+        pooled = {"pooled_projections": Extra((width,), required=True, prompt=True)} if width else {}
+        return {**pooled, "guidance": Extra((), required=True)} if config.get("guidance_embeds") else pooled
+
+    def shot(self, inputs: ShotInput) -> Shot:
+        """As for any model; text counts that of :attr:`texts` too."""
+        shot = super().shot(inputs)
+        return replace(shot, text=shot.text + sum(inputs.extras[x].shape[1] for x in self.texts if x in inputs.extras))
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
@@ -81,6 +104,25 @@ class DiffusersBackbone(Backbone):
     def single_shot(self, inputs: ShotInput, timestep: Tensor) -> Tensor:
         """The model's own forward."""
         return self.model(**self.arguments(inputs, timestep), return_dict=False)[0]
+
+    def joined(self, text: Tensor, video: Tensor) -> Tensor:
+        """Tokens of both streams in the model's order, for weights that they share."""
+        return torch.cat([text, video] if self.traits.text_first else [video, text], dim=1)
+
+    def project_both(self, attn: Any, text: Tensor, video: Tensor) -> Heads:
+        """Queries, keys and values of both streams in the model's order, each stream's by weights of its own."""
+        added = attn.add_q_proj(text), attn.add_k_proj(text), attn.add_v_proj(text)
+        of_text = _normed(attn, added, (attn.norm_added_q, attn.norm_added_k, None), across_heads=False)
+        q, k, v = (self.joined(*pair) for pair in zip(of_text, project(attn, video), strict=True))
+        return q, k, v
+
+    def apart(self, both: Tensor, text: Tensor, video: Tensor) -> tuple[Tensor, Tensor]:
+        """Text and video of tokens of both streams, as many of each as these have."""
+        if self.traits.text_first:
+            of_text, of_video = both.split([text.shape[1], video.shape[1]], dim=1)
+        else:
+            of_video, of_text = both.split([video.shape[1], text.shape[1]], dim=1)
+        return of_text, of_video
 
     def head(self, state: State) -> Tensor:
         """The final layer, modulated by the time."""
@@ -146,32 +188,62 @@ def project(attn: Any, x: Tensor, source: Tensor | None = None, *, across_heads:
     return _normed(attn, projected, (attn.norm_q, attn.norm_k, None), across_heads)
 
 
-def project_added(attn: Any, x: Tensor) -> Heads:
-    """The same of the second stream of a joint attention, by its own weights."""
-    projected = attn.add_q_proj(x), attn.add_k_proj(x), attn.add_v_proj(x)
-    return _normed(attn, projected, (attn.norm_added_q, attn.norm_added_k, None), across_heads=False)
-
-
-def joined(first: Heads, second: Heads) -> Heads:
-    """Queries, keys and values of two streams, one after the other."""
-    q, k, v = (torch.cat(pair, dim=1) for pair in zip(first, second, strict=True))
-    return q, k, v
-
-
-def apart(both: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens of two streams, one after the other, as two again: as many of each as these have."""
-    one, other = both.split([first.shape[1], second.shape[1]], dim=1)
-    return one, other
-
-
 def project_out(attn: Any, x: Tensor) -> Tensor:
     """The output projection, with its dropout."""
     return attn.to_out[1](attn.to_out[0](x))
 
 
+def attend_image(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Cross-attention to the tokens of an image, which stays inside its shot; ``[batch, tokens, heads, head_dim]``."""
+    return dispatch_attention_fn(q, k, v).type_as(q)
+
+
+def modulations(table: Tensor, of_time: Tensor | int) -> tuple[Tensor, ...]:
+    """The rows of a learned table, each with its part of the time's ``[batch, 1 or tokens, rows, width]``."""
+    return (table + of_time).unbind(-2)
+
+
+def modulated(norm: nn.Module, x: Tensor, shift: Tensor, scale: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    """Tokens normed and modulated; and the other modulations, as they are. All are ``[batch, 1 or tokens, width]``."""
+    return norm(x) * (1 + scale) + shift, *others
+
+
+def adaptive(norm: nn.Module, x: Tensor, time: Tensor) -> tuple[Tensor, ...]:
+    """The same by a norm that makes the modulations itself, from the time; the others are ``[batch, 1, width]``."""
+    x, *others = norm(x, emb=time)
+    return x, *(part[:, None] for part in others)
+
+
 def gated_mlp(x: Tensor, norm: nn.Module, mlp: nn.Module, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
     """A modulated and gated MLP, added to its input; modulation is ``[batch, 1 or tokens, width]``."""
     return x + gate * mlp(norm(x) * (1 + scale) + shift)
+
+
+def finished(x: Tensor, attended: Tensor, norm: nn.Module, mlp: nn.Module, gate: Tensor, *of_mlp: Tensor) -> Tensor:
+    """A stream to its block's end: what it attended to through its gate, then :func:`gated_mlp`."""
+    return gated_mlp(x + gate * attended, norm, mlp, *of_mlp)
+
+
+def spread(grid: tuple[int, int, int], trained: tuple[int, int]) -> Tensor:
+    """Coordinates of a video's tokens in the middle of the grid that the model was trained on, as CogVideoX has them.
+
+    The largest crop of that grid in the video's shape has the video's rows and columns spread over it.
+
+    Args:
+        grid: Frames, rows and columns of the video's tokens.
+        trained: Rows and columns of the grid.
+
+    Returns:
+        ``[tokens, 3]``, float32; frames are 1 apart.
+    """
+    frames, *sides = grid
+    scale = min(whole / n for whole, n in zip(trained, sides, strict=True))
+    axes = [torch.arange(frames, dtype=torch.float32)]
+    for whole, n in zip(trained, sides, strict=True):
+        size = round(scale * n)
+        start = round((whole - size) / 2)
+        axes.append(torch.linspace(start, (start + size) * (n - 1) / n, n, dtype=torch.float32))
+    return torch.cartesian_prod(*axes)
 
 
 def token_timesteps(timestep: Tensor, mask: Tensor, patch: tuple[int, int, int]) -> Tensor:

@@ -41,8 +41,6 @@ class ImageBackbone(DiffusersBackbone):
 class PackedImageBackbone(ImageBackbone):
     """The adapter of one that takes and gives tokens, which its pipelines pack from latents and unpack to them."""
 
-    patches = "(c t h w)"
-
     def pack(self, image: Tensor) -> Tensor:
         """The tokens of ``[batch, channels, height, width]``."""
         _, h, w = self.traits.patch

@@ -7,13 +7,16 @@ Text and video are one sequence, text first, with one set of weights; only the m
 - 5B (1.0) has RoPE, text without: a quarter of a head's channels for frames, three eighths each for rows and columns,
   float32 angles. The largest grid of the shot's shape that fits the one the model was trained on (30 x 45) is laid in
   its middle, and the shot's rows and columns are spread over it; frames are 1 apart.
-- 5B I2V (1.0) has learned positions beside, for the size alone that it was trained at: others are refused.
+- 5B I2V (1.0) has learned positions beside, for the size alone that it was trained at: others are refused. The dummy
+  frame of a global prompt has what the class gives to other frame counts, sine-cosine ones.
 - 1.5 has RoPE at (frame, row, column) of its tokens, which are two latent frames deep. Its pipeline stops at the grid
   that the model was trained on; here a larger shot counts on.
 
 The attention has no mask, so padding counts as text: pad prompts to 226 tokens, as the pipelines do. An image (its
-latents in the first frame, zeros behind) is concatenated to the latents: ``condition``. I2V 1.5 also
-takes ``ofs``, 2.0 unless given (upstream). Its pipeline brings an odd number of latent frames to an even one, in front.
+latents in the first frame, zeros behind) is concatenated to the latents: ``condition``. Where the VAE's configuration
+has ``invert_scale_latents``, the pipeline divides it by the scaling factor with which it multiplies latents. I2V 1.5
+also takes ``ofs``, 2.0 unless given (upstream). Its pipeline brings an odd number of latent frames to an even one, in
+front.
 
 Variance preserving path, v-prediction, a schedule of 1000 timesteps with zero terminal SNR; its shift is 3 for 2B, 1
 for the others. Another schedule is another path: on a retrofitted model, set
@@ -33,7 +36,7 @@ import torch
 from diffusers import CogVideoXDDIMScheduler
 from torch import Tensor
 
-from lct_backbones._diffusers import DiffusersBackbone, apart, project, project_out
+from lct_backbones._diffusers import DiffusersBackbone, project, project_out, spread
 from lct_core import QKV, Extra, Shot, ShotInput, Site, State, Traits, VariancePreserving, axis_frequencies
 
 
@@ -41,7 +44,6 @@ class CogVideoXBackbone(DiffusersBackbone):
     """The adapter of ``CogVideoXTransformer3DModel``."""
 
     processors = ("CogVideoXAttnProcessor2_0",)
-    patches = "(c t h w)"
 
     def describe(self, config: Any) -> Traits:
         """RoPE, absolute positions or both; v-prediction."""
@@ -60,7 +62,7 @@ class CogVideoXBackbone(DiffusersBackbone):
             pairing="interleaved" if rotary else None,
             timesteps=(-1.0, 999.0),
             path=VariancePreserving(schedule.alphas_cumprod.tolist()),
-            extras={**self.condition(config.in_channels - config.out_channels), **ofs},
+            extras={**self.condition(config), **ofs},
         )
 
     def shot(self, inputs: ShotInput) -> Shot:
@@ -79,16 +81,9 @@ class CogVideoXBackbone(DiffusersBackbone):
 
     def coordinates(self, inputs: ShotInput, shot: Shot) -> Tensor:
         """As its pipelines do: 1.0 spreads rows and columns over a crop of the trained grid; float32 there."""
-        coords, (frames, rows, columns), (_, height, width) = super().coordinates(inputs, shot), shot.grid, self.trained
-        if self.traits.pairing is None or self.model.config.patch_size_t is not None:
-            return coords
-        scale = min(height / rows, width / columns)
-        fit = frames, round(scale * rows), round(scale * columns)
-        axes = []
-        for n, size, whole in zip(shot.grid, fit, (frames, height, width), strict=True):
-            start = round((whole - size) / 2)
-            axes.append(torch.linspace(start, (start + size) * (n - 1) / n, n, dtype=torch.float32))
-        coords[shot.text :] = torch.cartesian_prod(*axes)
+        coords = super().coordinates(inputs, shot)
+        if self.traits.pairing is not None and self.model.config.patch_size_t is None:
+            coords[shot.text :] = spread(shot.grid, self.trained[1:])
         return coords
 
     def arguments(self, inputs: ShotInput, timestep: Tensor) -> dict[str, Any]:
@@ -121,23 +116,18 @@ class CogVideoXBackbone(DiffusersBackbone):
         """Of both streams by the same weights, text first."""
         text, video = state.streams["text"], state.streams["video"]
         video, text, *gates = block.norm1(video, text, state.conditioning["time"])
-        return QKV(*project(block.attn1, torch.cat([text, video], dim=1)), tuple(gates))
+        return QKV(*project(block.attn1, self.joined(text, video)), tuple(gates))
 
     def finish(self, block: Any, site: Site, state: State, attended: Tensor, aux: Any) -> dict[str, Tensor]:
         """Gates and the MLP of both streams."""
-        text, video = state.streams["text"], state.streams["video"]
-        text, video = _added(text, video, project_out(block.attn1, attended.flatten(2)), *aux)
-        x, y, *gates = block.norm2(video, text, state.conditioning["time"])
-        text, video = _added(text, video, block.ff(torch.cat([y, x], dim=1)), *gates)
-        return {"text": text, "video": video}
+        text, video, (gate, text_gate) = state.streams["text"], state.streams["video"], aux
+        text_seen, seen = self.apart(project_out(block.attn1, attended.flatten(2)), text, video)
+        text, video = text + text_gate * text_seen, video + gate * seen
+        x, y, gate, text_gate = block.norm2(video, text, state.conditioning["time"])
+        y, x = self.apart(block.ff(self.joined(y, x)), text, video)
+        return {"text": text + text_gate * y, "video": video + gate * x}
 
     def head(self, state: State) -> Tensor:
         """Two norms, of which the time modulates the second."""
         video = self.model.norm_final(state.streams["video"])
         return self.model.proj_out(self.model.norm_out(video, temb=state.conditioning["time"]))
-
-
-def _added(text: Tensor, video: Tensor, update: Tensor, gate: Tensor, text_gate: Tensor) -> tuple[Tensor, Tensor]:
-    """Both streams and their shares of an update, text first, each through its gate."""
-    of_text, of_video = apart(update, text, video)
-    return text + text_gate * of_text, video + gate * of_video

@@ -9,7 +9,8 @@ fps apart, as in Predict 2's pipeline for video; without, 1 apart, as for images
 
 An image, or the end of a video, stands clean in the first latent frames, marked by the channel ``condition_mask`` and
 by ``timestep_mask``, ``[batch, frames]``: 0 at the clean frames, whose timestep is then 0 (ours; the pipelines have
-0.0001, that of Transfer 2.5 has 0.1), and 1 elsewhere. Transfer 2.5 also cross-attends tokens of an image,
+0.0001, that of Transfer 2.5 has 0.1), and 1 elsewhere. The pipelines' guidance scale is one less than that of
+:class:`lct_core.generation.Guidance`. Transfer 2.5 also cross-attends tokens of an image,
 ``img_context``; its pipeline gives zeros. The channel that marks padding is 0, as in every pipeline.
 
 The models see z = (1 - t) z_0 + t eps at timestep t in [0, 1] and predict its velocity: 2.5 plainly, Predict 2 inside
@@ -25,10 +26,9 @@ Sources: Cosmos, arXiv 2501.03575; Predict and Transfer 2.5, arXiv 2511.00062;
 from typing import Any
 
 import torch
-from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor
 
-from lct_backbones._diffusers import DiffusersBackbone, project, project_out
+from lct_backbones._diffusers import DiffusersBackbone, attend_image, project, project_out
 from lct_core import QKV, Extra, Shot, ShotInput, Site, State, Traits, axis_frequencies
 
 
@@ -49,14 +49,13 @@ class CosmosBackbone(DiffusersBackbone):
         axes = ((rope.dim_t, rope.t_ntk_factor), (rope.dim_h, rope.h_ntk_factor), (rope.dim_w, rope.w_ntk_factor))
         series = [axis_frequencies((dim,), theta=10000.0 * factor, dtype=torch.float32) for dim, factor in axes]
         self.frequencies = torch.block_diag(*series)
-        extras = {"timestep_mask": Extra(("frames",), image=True), "fps": Extra(None)}
+        extras = {"timestep_mask": Extra(("frames",), image=True), "fps": Extra(None, positive=True)}
         if channels := config.in_channels - config.out_channels:
             extras["condition_mask"] = Extra((channels, "frames", "height", "width"), required=True, image=True)
         if width := config.img_context_dim_in:
             extras["img_context"] = Extra((config.img_context_num_tokens, width), required=True, image=True)
         return self.common(
             config,
-            patch=config.patch_size,
             text_width=config.crossattn_proj_in_channels if config.use_crossattn_projection else config.text_embed_dim,
             text="cross",
             text_mask="attention_mask",
@@ -110,8 +109,8 @@ class CosmosBackbone(DiffusersBackbone):
 
     def finish(self, block: Any, site: Site, state: State, attended: Tensor, aux: Any) -> dict[str, Tensor]:
         """The attention behind its gate; after the text, the MLP."""
-        (gate, image), out = aux, attended.flatten(2)
-        out = project_out(getattr(block, site.name), out if image is None else out + image)
+        gate, image = aux
+        out = project_out(getattr(block, site.name), (attended if image is None else attended + image).flatten(2))
         video = state.streams["video"] + gate * out
         if site.name == "attn2":
             x, gate = _modulated(block.norm3, video, state.conditioning)
@@ -129,6 +128,6 @@ def _modulated(norm: Any, video: Tensor, conditioning: dict[str, Tensor]) -> Any
 
 
 def _attend_image(attn: Any, x: Tensor, image: Tensor) -> Tensor:
-    """Cross-attention to the image's tokens, which stays inside its shot."""
+    """To the image's tokens, by projections beside those for the text."""
     q, k, v = (part.unflatten(2, (attn.heads, -1)) for part in (attn.q_img(x), attn.k_img(image), attn.v_img(image)))
-    return dispatch_attention_fn(attn.q_img_norm(q), attn.k_img_norm(k), v).flatten(2)
+    return attend_image(attn.q_img_norm(q), attn.k_img_norm(k), v)

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lct_backbones._diffusers import DiffusersBackbone, joined, project, project_added, project_out
+from lct_backbones._diffusers import DiffusersBackbone, project, project_out, spread
 from lct_core import QKV, Extra, Shot, ShotInput, Site, State, Traits, axis_frequencies
 
 _GRID = (60, 90)  # rows and columns of latents, fixed in the class
@@ -37,31 +37,19 @@ class EasyAnimateBackbone(DiffusersBackbone):
     """The adapter of ``EasyAnimateTransformer3DModel``."""
 
     processors = ("EasyAnimateAttnProcessor2_0",)
-    patches = "(c t h w)"
+    texts = (_T5,)
 
     def describe(self, config: Any) -> Traits:
         """Channels that the model takes beyond those that it predicts are a condition."""
         side = config.attention_head_dim // 8 * 3
         self.frequencies = axis_frequencies((config.attention_head_dim // 4, side, side), dtype=torch.float32)
         extras = {} if config.text_embed_dim_t5 is None else {_T5: Extra(("t5_tokens", config.text_embed_dim_t5))}
-        extras |= self.condition(config.in_channels - config.out_channels)
-        patch = (1, config.patch_size, config.patch_size)
-        return self.common(config, patch=patch, text_width=config.text_embed_dim, text="joint", extras=extras)
-
-    def shot(self, inputs: ShotInput) -> Shot:
-        """As for any model; text counts that of both encoders."""
-        shot = super().shot(inputs)
-        return replace(shot, text=shot.text + inputs.extras[_T5].shape[1]) if _T5 in inputs.extras else shot
+        return self.common(config, text="joint", extras={**extras, **self.condition(config)})
 
     def coordinates(self, inputs: ShotInput, shot: Shot) -> Tensor:
         """As the model lays them: spread over a crop of its grid; float32 there."""
-        coords, (frames, rows, columns) = super().coordinates(inputs, shot), shot.grid
-        height, width = (size // self.model.config.patch_size for size in _GRID)
-        crop = self.model.rope_embedding.get_resize_crop_region_for_grid((rows, columns), width, height)
-        (top, left), (bottom, right) = crop
-        spans = (0, frames, frames), (top, bottom, rows), (left, right, columns)
-        axes = (torch.linspace(start, end * (n - 1) / n, n, dtype=torch.float32) for start, end, n in spans)
-        coords[shot.text :] = torch.cartesian_prod(*axes)
+        coords, patch, (height, width) = super().coordinates(inputs, shot), self.model.config.patch_size, _GRID
+        coords[shot.text :] = spread(shot.grid, (height // patch, width // patch))
         return coords
 
     def arguments(self, inputs: ShotInput, timestep: Tensor) -> dict[str, Any]:
@@ -85,13 +73,13 @@ class EasyAnimateBackbone(DiffusersBackbone):
         """Of both streams, text first, by weights of their own or by the same."""
         video, text, *gates = block.norm1(state.streams["video"], state.streams["text"], state.conditioning["time"])
         if block.attn1.add_q_proj is None:
-            return QKV(*project(block.attn1, torch.cat([text, video], dim=1)), tuple(gates))
-        return QKV(*joined(project_added(block.attn1, text), project(block.attn1, video)), tuple(gates))
+            return QKV(*project(block.attn1, self.joined(text, video)), tuple(gates))
+        return QKV(*self.project_both(block.attn1, text, video), tuple(gates))
 
     def finish(self, block: Any, site: Site, state: State, attended: Tensor, aux: Any) -> dict[str, Tensor]:
         """Gates and the MLP of both streams."""
         text, video, (gate, text_gate) = state.streams["text"], state.streams["video"], aux
-        text_seen, seen = attended.flatten(2).split([text.shape[1], video.shape[1]], dim=1)
+        text_seen, seen = self.apart(attended.flatten(2), text, video)
         if block.attn1.to_add_out is not None:
             text_seen = block.attn1.to_add_out(text_seen)
         video = video + gate.unsqueeze(1) * project_out(block.attn1, seen)

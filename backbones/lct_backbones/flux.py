@@ -5,7 +5,8 @@ text first. RoPE turns all tokens, text at the origin and images at ``(0, row, c
 float64 angles. So shots that move along the diagonal also move along the first axis, where FLUX.1 Kontext has its
 reference images.
 
-- Latents are 16 channels, as the VAE gives them; four of them, 2 x 2, make a token, which the pipelines call packing.
+- Latents are 16 channels, shifted and scaled as the pipelines have them; four of them, 2 x 2, make a token, which the
+  pipelines call packing.
 - ``pooled_projections``, CLIP's pooled prompt, is added to the time; in a model distilled for guidance (FLUX.1 dev and
   its kin), so is ``guidance``, one number for every entry of the batch, 3.5 by default in the pipeline.
 - ``text`` are T5's tokens, padding included: the model takes no mask.
@@ -26,9 +27,9 @@ import torch
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock
 from torch import Tensor
 
-from lct_backbones._diffusers import gated_mlp, joined, project, project_added, project_out
+from lct_backbones._diffusers import adaptive, finished, project, project_out
 from lct_backbones._images import PackedImageBackbone, within_half
-from lct_core import QKV, Extra, ShotInput, Site, State, Traits, axis_frequencies
+from lct_core import QKV, ShotInput, Site, State, Traits, axis_frequencies
 
 
 class FluxBackbone(PackedImageBackbone):
@@ -43,18 +44,14 @@ class FluxBackbone(PackedImageBackbone):
 
     def describe(self, config: Any) -> Traits:
         """Four latents make a token, which is what the model counts as channels."""
-        tokens, channels = config.in_channels // 4, self.model.out_channels // 4
         self.frequencies = axis_frequencies(config.axes_dims_rope, theta=self.model.pos_embed.theta)
-        pooled = Extra((config.pooled_projection_dim,), required=True)
-        guidance = {"guidance": Extra((), required=True)} if config.guidance_embeds else {}
         return self.common(
             config,
-            latent_channels=channels,
+            latent_channels=self.model.out_channels // 4,
             patch=(1, 2, 2),
-            text_width=config.joint_attention_dim,
             text="joint",
             timesteps=(0.0, 1.0),
-            extras={"pooled_projections": pooled, **guidance, **self.condition(tokens - channels)},
+            extras={**self.beside_time(config), **self.condition(config, packed=4)},
         )
 
     def arguments(self, inputs: ShotInput, timestep: Tensor) -> dict[str, Any]:
@@ -75,27 +72,25 @@ class FluxBackbone(PackedImageBackbone):
         """Of both streams, text first; in a single-stream block, of both as one, and its MLP."""
         text, video, time = state.streams["text"], state.streams["video"], state.conditioning["time"]
         if isinstance(block, self.single):
-            x, gate = block.norm(torch.cat([text, video], dim=1), emb=time)
-            return QKV(*project(block.attn, x), (gate[:, None], block.act_mlp(block.proj_mlp(x))))
-        words, *of_text = block.norm1_context(text, emb=time)
-        x, *of_video = block.norm1(video, emb=time)
-        heads = joined(project_added(block.attn, words), project(block.attn, x))
-        return QKV(*heads, tuple(part[:, None] for part in (*of_text, *of_video)))
+            x, gate = adaptive(block.norm, self.joined(text, video), time)
+            return QKV(*project(block.attn, x), (gate, block.act_mlp(block.proj_mlp(x))))
+        text, *of_text = adaptive(block.norm1_context, text, time)
+        video, *of_video = adaptive(block.norm1, video, time)
+        return QKV(*self.project_both(block.attn, text, video), (of_text, of_video))
 
     def finish(self, block: Any, site: Site, state: State, attended: Tensor, aux: Any) -> dict[str, Tensor]:
         """Both streams."""
         text, video, out = state.streams["text"], state.streams["video"], attended.flatten(2)
-        lengths = [text.shape[1], video.shape[1]]
         if isinstance(block, self.single):
             gate, mlp = aux
-            both = torch.cat([text, video], dim=1) + gate * self.merge(block, torch.cat([out, mlp], dim=2))
-            return dict(zip(("text", "video"), within_half(both).split(lengths, dim=1), strict=True))
-        (text_gate, *of_text), (gate, *of_video) = aux[:4], aux[4:]
-        of_words, of_image = (x.contiguous() if self.contiguous else x for x in out.split(lengths, dim=1))
-        text = text + text_gate * block.attn.to_add_out(of_words)
-        video = video + gate * project_out(block.attn, of_image)
-        text = within_half(gated_mlp(text, block.norm2_context, block.ff_context, *of_text))
-        return {"text": text, "video": gated_mlp(video, block.norm2, block.ff, *of_video)}
+            both = self.joined(text, video) + gate * self.merge(block, torch.cat([out, mlp], dim=2))
+            text, video = self.apart(within_half(both), text, video)
+            return {"text": text, "video": video}
+        of_text, of_video = aux
+        text_seen, seen = (x.contiguous() if self.contiguous else x for x in self.apart(out, text, video))
+        text = finished(text, block.attn.to_add_out(text_seen), block.norm2_context, block.ff_context, *of_text)
+        video = finished(video, project_out(block.attn, seen), block.norm2, block.ff, *of_video)
+        return {"text": within_half(text), "video": video}
 
     def merge(self, block: Any, x: Tensor) -> Tensor:
         """A single-stream block's last projection, of attention and MLP side by side."""

@@ -25,9 +25,9 @@ from diffusers.models.transformers.transformer_flux2 import Flux2SingleTransform
 from torch import Tensor
 from torch.nn import functional as F
 
-from lct_backbones._diffusers import joined, project, project_added
+from lct_backbones._diffusers import modulated
 from lct_backbones.flux import FluxBackbone
-from lct_core import QKV, Extra, Shot, ShotInput, Site, State, Traits, axis_frequencies
+from lct_core import QKV, Shot, ShotInput, Site, State, Traits, axis_frequencies
 
 
 class Flux2Backbone(FluxBackbone):
@@ -40,15 +40,13 @@ class Flux2Backbone(FluxBackbone):
     def describe(self, config: Any) -> Traits:
         """Four axes, of which shots move along three."""
         self.frequencies = axis_frequencies(config.axes_dims_rope, theta=config.rope_theta)
-        guidance = {"guidance": Extra((), required=True)} if config.guidance_embeds else {}
         return self.common(
             config,
             patch=(1, 1, 1),
-            text_width=config.joint_attention_dim,
             text="joint",
             unit=(1.0, 1.0, 1.0, 0.0),
             timesteps=(0.0, 1.0),
-            extras={**guidance, **self.condition(config.in_channels - self.model.out_channels)},
+            extras={**self.beside_time(config), **self.condition(config)},
         )
 
     def coordinates(self, inputs: ShotInput, shot: Shot) -> Tensor:
@@ -75,16 +73,14 @@ class Flux2Backbone(FluxBackbone):
         """Of both streams, text first; in a single-stream block, of both as one, and its MLP."""
         text, video, by = state.streams["text"], state.streams["video"], state.conditioning
         if isinstance(block, self.single):
-            shift, scale, gate = by["of_both"].chunk(3, dim=-1)
-            attn, x = block.attn, (1 + scale) * block.norm(torch.cat([text, video], dim=1)) + shift
+            both, attn = self.joined(text, video), block.attn
+            x, gate = modulated(block.norm, both, *by["of_both"].chunk(3, dim=-1))
             *heads, mlp = attn.to_qkv_mlp_proj(x).split([attn.inner_dim] * 3 + [2 * attn.mlp_hidden_dim], dim=-1)
             q, k, v = (part.unflatten(2, (attn.heads, -1)) for part in heads)
             return QKV(attn.norm_q(q), attn.norm_k(k), v, (gate, attn.mlp_act_fn(mlp)))
-        shift, scale, *of_text = by["of_text"].chunk(6, dim=-1)
-        words = (1 + scale) * block.norm1_context(text) + shift
-        shift, scale, *of_video = by["of_video"].chunk(6, dim=-1)
-        x = (1 + scale) * block.norm1(video) + shift
-        return QKV(*joined(project_added(block.attn, words), project(block.attn, x)), (*of_text, *of_video))
+        text, *of_text = modulated(block.norm1_context, text, *by["of_text"].chunk(6, dim=-1))
+        video, *of_video = modulated(block.norm1, video, *by["of_video"].chunk(6, dim=-1))
+        return QKV(*self.project_both(block.attn, text, video), (of_text, of_video))
 
     def merge(self, block: Any, x: Tensor) -> Tensor:
         """A single-stream block's last projection, of attention and MLP side by side."""

@@ -6,8 +6,8 @@ timestep, blocks are modulated by a pooled CLIP embedding, ``pooled_projections`
 the scale of its guidance times 1000, ``guidance``; a global prompt needs both too. RoPE: axes of 16, 56 and 56
 channels, theta 256, float32 angles. Rectified flow, timesteps 0 to 1000. A first image comes in one of these ways:
 
-- HunyuanVideo-I2V, the first one (``latent_concat``), joins 16 channels of latents and 1 of mask to the noise, and
-  SkyReels-V1 joins 16 of latents: ``condition``.
+- HunyuanVideo-I2V, the first one (``latent_concat``), joins 16 channels of latents, then 1 of mask, to the noise, and
+  SkyReels-V1 joins 16 of latents: ``condition``, zero behind the first frame.
 - HunyuanVideo-I2V, the later one (``token_replace``), always has the image as the latents' first frame; its tokens are
   modulated for timestep 0, whatever the noise level of the shot. Its pipeline drops what is predicted there.
 - Both of HunyuanVideo-I2V also have tokens of the image in front of those of the prompt: a part of ``text``.
@@ -24,7 +24,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lct_backbones._diffusers import DiffusersBackbone, apart, gated_mlp, joined, project, project_added, project_out
+from lct_backbones._diffusers import DiffusersBackbone, adaptive, finished, project, project_out
 from lct_core import QKV, Extra, ShotInput, Site, State, Traits, axis_frequencies
 
 
@@ -33,25 +33,22 @@ class HunyuanVideoBackbone(DiffusersBackbone):
 
     processors = ("HunyuanVideoAttnProcessor2_0",)
     stacks: ClassVar[tuple[str, ...]] = ("transformer_blocks", "single_transformer_blocks")
-    patches = "(c t h w)"
 
     def describe(self, config: Any) -> Traits:
-        """RoPE; a mask for padding; channels for a condition."""
+        """RoPE; text behind the video, and a mask for its padding."""
         self.frequencies = axis_frequencies(config.rope_axes_dim, theta=config.rope_theta, dtype=torch.float32)
-        condition = self.condition(config.in_channels - (config.out_channels or config.in_channels))
         return self.common(
             config,
             text="joint",
             text_first=False,
             text_tokens=(1, None),
             text_mask="encoder_attention_mask",
-            extras={**condition, **self.extras(config)},
+            extras=self.extras(config),
         )
 
     def extras(self, config: Any) -> dict[str, Extra]:
-        """A pooled prompt, and guidance where the model is distilled."""
-        guidance = {"guidance": Extra((), required=True)} if config.guidance_embeds else {}
-        return {"pooled_projections": Extra((config.pooled_projection_dim,), required=True), **guidance}
+        """Channels for a condition; a pooled prompt, and guidance where the model is distilled."""
+        return {**self.condition(config), **self.beside_time(config)}
 
     def noisy(self, inputs: ShotInput) -> Tensor | None:
         """All but the first frame, where that is always the image."""
@@ -72,35 +69,33 @@ class HunyuanVideoBackbone(DiffusersBackbone):
 
     def qkv(self, block: Any, site: Site, state: State) -> QKV:
         """Of the video, then of the text; a single-stream block needs its input again."""
-        video, text = state.streams["video"], state.streams["text"]
+        text, video = state.streams["text"], state.streams["video"]
         if hasattr(block, "proj_mlp"):
-            both, gate = _normed(block.norm, torch.cat([video, text], dim=1), **state.conditioning)
+            both, gate = _normed(block.norm, self.joined(text, video), **state.conditioning)
             return QKV(*project(block.attn, both), (both, gate))
         video, *of_video = _normed(block.norm1, video, **state.conditioning)
-        text, *of_text = _normed(block.norm1_context, text, state.conditioning["time"])
-        return QKV(*joined(project(block.attn, video), project_added(block.attn, text)), (of_video, of_text))
+        text, *of_text = adaptive(block.norm1_context, text, state.conditioning["time"])
+        return QKV(*self.project_both(block.attn, text, video), (of_text, of_video))
 
     def finish(self, block: Any, site: Site, state: State, attended: Tensor, aux: Any) -> dict[str, Tensor]:
         """Gates and MLPs: one for both streams, or one for each."""
-        video, text, out = state.streams["video"], state.streams["text"], attended.flatten(2)
+        text, video, out = state.streams["text"], state.streams["video"], attended.flatten(2)
         if hasattr(block, "proj_mlp"):
             both, gate = aux
             out = torch.cat([out, block.act_mlp(block.proj_mlp(both))], dim=2)
-            video, text = apart(torch.cat([video, text], dim=1) + gate * block.proj_out(out), video, text)
-            return {"video": video, "text": text}
-        (gate, *of_video), (text_gate, *of_text) = aux
-        seen, text_seen = apart(out, video, text)
-        video = video + gate * project_out(block.attn, seen)
-        text = text + text_gate * block.attn.to_add_out(text_seen)
-        text = gated_mlp(text, block.norm2_context, block.ff_context, *of_text)
-        return {"video": gated_mlp(video, block.norm2, block.ff, *of_video), "text": text}
+            text, video = self.apart(self.joined(text, video) + gate * block.proj_out(out), text, video)
+            return {"text": text, "video": video}
+        of_text, of_video = aux
+        text_seen, seen = self.apart(out, text, video)
+        text = finished(text, block.attn.to_add_out(text_seen), block.norm2_context, block.ff_context, *of_text)
+        video = finished(video, project_out(block.attn, seen), block.norm2, block.ff, *of_video)
+        return {"text": text, "video": video}
 
 
 def _normed(norm: nn.Module, x: Tensor, time: Tensor, clean: Tensor | None = None) -> tuple[Tensor, ...]:
     """The modulated norm, and the rest of the modulation, ``[batch, 1 or tokens, width]``."""
     if clean is None:
-        x, *parts = norm(x, emb=time)
-        return x, *(part[:, None] for part in parts)
+        return adaptive(norm, x, time)
     first = torch.arange(x.shape[1], device=x.device)[:, None] < clean.shape[1]
     x, *parts = norm(x, time, clean[:, 0], clean.shape[1])
     half = len(parts) // 2  # those of the shot's own time, then those of time 0

@@ -37,6 +37,7 @@ class HunyuanVideo15Backbone(HunyuanVideoBackbone):
 
     processors = ("HunyuanVideo15AttnProcessor2_0",)
     stacks = ("transformer_blocks",)
+    texts = (_IMAGE, _TEXT_2)
 
     def describe(self, config: Any) -> Traits:
         """As HunyuanVideo, but not MeanFlow."""
@@ -51,28 +52,28 @@ class HunyuanVideo15Backbone(HunyuanVideoBackbone):
         """A second text; an image and its tokens, needed for image to video alone."""
         image = config.task_type == "i2v"
         return {
-            _TEXT_2: Extra(("tokens_2", config.text_embed_2_dim)),
-            _MASK_2: Extra(("tokens_2",)),
+            **self.condition(config, required=image),
+            _TEXT_2: Extra(("tokens_2", config.text_embed_2_dim), prompt=True),
+            _MASK_2: Extra(("tokens_2",), prompt=True),
             _IMAGE: Extra(("image_tokens", config.image_embed_dim), required=image, image=True),
-            **self.condition(config.in_channels - config.out_channels, required=image),
         }
-
-    def shot(self, inputs: ShotInput) -> Shot:
-        """As for HunyuanVideo; text counts all three parts."""
-        shot = super().shot(inputs)
-        parts = [inputs.extras[name].shape[1] for name in (_IMAGE, _TEXT_2) if name in inputs.extras]
-        return replace(shot, text=shot.text + sum(parts))
 
     def prepare(self, inputs: ShotInput) -> ShotInput:
         """As for any model; padding cut off the second text too, and an image that is none cut off whole."""
         inputs = super().prepare(inputs)
         extras = dict(inputs.extras)
-        if _MASK_2 in extras:
-            extras[_TEXT_2] = _kept(_TEXT_2, extras.get(_TEXT_2), extras.pop(_MASK_2))
-        if _IMAGE in extras:
-            there = extras[_IMAGE].flatten(1).any(1, keepdim=True)
-            extras[_IMAGE] = _kept(_IMAGE, extras[_IMAGE], there.expand(extras[_IMAGE].shape[:2]))
+        if (mask := extras.pop(_MASK_2, None)) is not None:
+            if not bool((mask == mask.bool()).all()):
+                raise ValueError(f"extras: {_MASK_2} has other values than 0 and 1, expected 1 where a token is kept")
+            extras[_TEXT_2] = _kept(_TEXT_2, extras.get(_TEXT_2), mask)
+        if (image := extras.get(_IMAGE)) is not None:
+            extras[_IMAGE] = _kept(_IMAGE, image, image.flatten(1).any(1, keepdim=True).expand(image.shape[:2]))
         return replace(inputs, extras=extras)
+
+    def example(self, shot: Shot, **options: Any) -> ShotInput:
+        """With all of its second text."""
+        given = super().example(shot, **options)
+        return replace(given, extras={**given.extras, _MASK_2: torch.ones_like(given.extras[_MASK_2])})
 
     def arguments(self, inputs: ShotInput, timestep: Tensor) -> dict[str, Any]:
         """All parts of the text, a mask of the second and a condition, which the model must have: empty ones."""
@@ -80,7 +81,7 @@ class HunyuanVideo15Backbone(HunyuanVideoBackbone):
         given = {
             _TEXT_2: text.new_zeros(len(text), 0, config.text_embed_2_dim),
             _IMAGE: text.new_zeros(len(text), 0, config.image_embed_dim),
-            "condition": latents.new_zeros(len(latents), config.in_channels - config.out_channels, *latents.shape[2:]),
+            "condition": latents.new_zeros(len(latents), config.in_channels - latents.shape[1], *latents.shape[2:]),
             **inputs.extras,
         }
         given.setdefault(_MASK_2, text.new_ones(given[_TEXT_2].shape[:2]))
@@ -101,9 +102,9 @@ def _kept(name: str, tokens: Tensor | None, mask: Tensor) -> Tensor:
     """The tokens that a mask keeps, as many in every entry of the batch."""
     counts = mask.bool().sum(1).tolist()
     if tokens is None or tokens.shape[:2] != mask.shape or len(set(counts)) != 1:
-        came = None if tokens is None else list(tokens.shape)
         raise ValueError(
-            f"extras: {name} is {came}, of which its mask {list(mask.shape)} keeps {counts} tokens (an image of zeros "
-            "has none), expected a mask for every token, and as many in every entry of the batch; call once for each"
+            f"extras: {name} is {None if tokens is None else list(tokens.shape)}, of which its mask {list(mask.shape)} "
+            f"keeps {counts} tokens (an image of zeros has none), expected a mask for every token, and as many in "
+            "every entry of the batch; call once for each"
         )
     return tokens[mask.bool()].view(len(mask), -1, tokens.shape[2])

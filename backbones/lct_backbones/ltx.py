@@ -31,7 +31,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
-from lct_backbones._diffusers import DiffusersBackbone, gated_mlp, project, project_out
+from lct_backbones._diffusers import DiffusersBackbone, gated_mlp, modulations, project, project_out
 from lct_core import QKV, Extra, Shot, ShotInput, Site, State, Traits
 
 _FRAMES, _PIXELS = 8, 32  # of the video to a latent
@@ -41,8 +41,7 @@ class LTXBackbone(DiffusersBackbone):
     """The adapter of ``LTXVideoTransformer3DModel``."""
 
     processors: ClassVar[tuple[str, ...]] = ("LTXVideoAttnProcessor",)
-    patches = "(c t h w)"
-    #: Frames of the video to a second, where a shot says nothing else; and the numbers that say where tokens lie.
+    #: Frames of the video to a second, where a shot says nothing else; numbers that say where tokens lie, these first.
     rate: ClassVar[int] = 25
     numbers: ClassVar[tuple[str, ...]] = ("frame_rate", "causal_temporal_positioning")
 
@@ -58,7 +57,7 @@ class LTXBackbone(DiffusersBackbone):
             text="cross",
             text_mask="encoder_attention_mask",
             unit=(frames * t / self.rate, height * p, width * p),
-            extras=extras | {name: Extra(None) for name in self.numbers},
+            extras=extras | {name: Extra(None, positive=name == self.numbers[0]) for name in self.numbers},
         )
 
     def coordinates(self, inputs: ShotInput, shot: Shot) -> Tensor:
@@ -139,8 +138,3 @@ class LTXBackbone(DiffusersBackbone):
         powers = rope.theta ** torch.linspace(0.0, 1.0, pairs // 3, dtype=series, device=coords.device)
         turned = (shares.unsqueeze(-1) * 2 - start) * (powers * math.pi / 2.0).to(coords.dtype)
         return F.pad(turned.transpose(1, 2).flatten(1), (pairs % 3, 0)).unflatten(1, (heads, -1))
-
-
-def modulations(table: Tensor, of_time: Tensor | int) -> tuple[Tensor, ...]:
-    """The rows of a table, each with its part of the time's ``[batch, 1 or tokens, rows, width]``."""
-    return (table[None, None] + of_time).unbind(2)

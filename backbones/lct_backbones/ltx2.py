@@ -6,8 +6,8 @@ Like LTX-Video: flat video tokens, cross-attended text, fractional positions, ti
   single frame of the video. RoPE turns pairs of neighbours, or of a head's halves, by ``rope_type``; its series is
   computed in float64 where the model is so configured, its angles in float32. One diagonal step is one token along each
   axis: with patches of 1, a latent frame at 24 frames per second (1/3 s) and 32 pixels.
-- **Text** is modulated by the shot's timestep (the model's ``sigma``) in 2.3, by constants in 2.5. From 2.3 on, what a
-  head attends to is gated by the token that asks.
+- **Text** is what the pipeline's connectors make of the encoder's. It is modulated by the shot's timestep (the model's
+  ``sigma``) in 2.3, by constants in 2.5. From 2.3 on, what a head attends to is gated by the token that asks.
 
 Not served: audio. The model runs as it does with ``isolate_modalities=True``, the mode that its pipelines use for
 guidance between video and audio: its video neither hears an audio stream nor is heard. Nor are keyframe tokens and
@@ -23,8 +23,8 @@ import torch
 from diffusers.models.transformers.transformer_ltx2 import apply_split_rotary_emb
 from torch import Tensor
 
-from lct_backbones._diffusers import gated_mlp, project, project_out
-from lct_backbones.ltx import LTXBackbone, modulations
+from lct_backbones._diffusers import gated_mlp, modulations, project, project_out
+from lct_backbones.ltx import LTXBackbone
 from lct_core import QKV, Rotation, Shot, ShotInput, Site, State, Traits
 
 

@@ -25,10 +25,11 @@ Sources: ``diffusers.models.transformers.transformer_minimax_h3``, ``modular_pip
 from typing import Any
 
 import torch
+from diffusers.models.modeling_utils import get_parameter_dtype
 from diffusers.modular_pipelines.minimax_h3.before_denoise import MiniMaxH3PrepareLayoutStep, patchify_video_latents
 from torch import Tensor, nn
 
-from lct_backbones._diffusers import DiffusersBackbone, gated_mlp, project, project_out
+from lct_backbones._diffusers import DiffusersBackbone, finished, modulated, project, project_out
 from lct_core import QKV, RectifiedFlow, Shot, ShotInput, Site, State, Traits, axis_frequencies
 
 _VIDEO, _TEXT, _SOUND = range(3)  # kinds of rows, in the order of their modulations
@@ -39,7 +40,6 @@ class MiniMaxH3Backbone(DiffusersBackbone):
     """The adapter of ``MiniMaxH3Transformer3DModel``."""
 
     processors = ("MiniMaxH3AttnProcessor",)
-    patches = "(c t h w)"
 
     def describe(self, config: Any) -> Traits:
         """A part of the channels is turned; everything upside down: time and prediction."""
@@ -47,7 +47,6 @@ class MiniMaxH3Backbone(DiffusersBackbone):
         self.frequencies = axis_frequencies(axes, theta=config.rope_theta, dtype=torch.float32)
         return self.common(
             config,
-            patch=config.patch_size,
             text_width=config.text_dim,
             text="joint",
             pairing="half",
@@ -80,7 +79,7 @@ class MiniMaxH3Backbone(DiffusersBackbone):
         given, model = self.arguments(inputs, timestep), self.model
         text = model.token_refiner(_entered(model.context_embedder, given["encoder_hidden_states"]))
         video = _entered(model.proj_in, given["hidden_states"]).to(text.dtype)
-        time = model.time_embedder(model.time_proj(timestep).to(model.time_embedder.linear_1.weight.dtype))
+        time = model.time_embedder(model.time_proj(timestep).to(get_parameter_dtype(model.time_embedder)))
         kinds = given["token_tags"].expand(len(timestep), -1)
         return State({"rows": torch.cat([text, video], dim=1)}, {"time": time, "kinds": kinds})
 
@@ -88,15 +87,13 @@ class MiniMaxH3Backbone(DiffusersBackbone):
         """Of all rows, modulated by their kinds."""
         kinds, table = state.conditioning["kinds"], block.adaln_proj(state.conditioning["time"])
         entries = torch.arange(len(kinds), device=kinds.device)[:, None]
-        shift, scale, *modulation = (part[3 * entries + kinds] for part in table)
-        x = block.norm1(state.streams["rows"]) * (1 + scale) + shift
-        return QKV(*project(block.attn, x), tuple(modulation))
+        x, *others = modulated(block.norm1, state.streams["rows"], *(part[3 * entries + kinds] for part in table))
+        return QKV(*project(block.attn, x), others)
 
     def finish(self, block: Any, site: Site, state: State, attended: Tensor, aux: Any) -> dict[str, Tensor]:
         """Output projection and MLP."""
-        gate, *modulation = aux
-        x = state.streams["rows"] + gate * project_out(block.attn, attended.flatten(2))
-        return {"rows": gated_mlp(x, block.norm2, block.ff, *modulation)}
+        out = project_out(block.attn, attended.flatten(2))
+        return {"rows": finished(state.streams["rows"], out, block.norm2, block.ff, *aux)}
 
     def head(self, state: State) -> Tensor:
         """The final layer of all rows, by a table of times with a row for every entry of the batch."""
@@ -121,4 +118,4 @@ class MiniMaxH3Backbone(DiffusersBackbone):
 
 def _entered(linear: nn.Linear, x: Tensor) -> Tensor:
     """A projection in the precision of its weights: those of text are not those of latents."""
-    return linear(x.to(linear.weight.dtype))
+    return linear(x.to(get_parameter_dtype(linear)))

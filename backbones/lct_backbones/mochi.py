@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lct_backbones._diffusers import DiffusersBackbone, apart, joined, project, project_added, project_out
+from lct_backbones._diffusers import DiffusersBackbone, project_out
 from lct_core import QKV, RectifiedFlow, Rotation, Shot, ShotInput, Site, State, Traits
 
 _TRAINED = 30 * 53  # tokens of a latent frame of the size that the model was trained at
@@ -32,6 +32,7 @@ class MochiBackbone(DiffusersBackbone):
     """The adapter of ``MochiTransformer3DModel``."""
 
     processors = ("MochiAttnProcessor2_0",)
+    patches = "(t h w c)"
 
     def describe(self, config: Any) -> Traits:
         """Everything upside down: time and prediction."""
@@ -75,12 +76,12 @@ class MochiBackbone(DiffusersBackbone):
         video, *gates = block.norm1(state.streams["video"], time)
         text = block.norm1_context(state.streams["text"], time)
         text, *text_gates = [text] if block.context_pre_only else text
-        return QKV(*joined(project(block.attn1, video), project_added(block.attn1, text)), (gates, text_gates))
+        return QKV(*self.project_both(block.attn1, text, video), (gates, text_gates))
 
     def finish(self, block: Any, site: Site, state: State, attended: Tensor, aux: Any) -> dict[str, Tensor]:
         """Both streams; the last block's text stays as it is."""
         video, text, (gates, text_gates) = state.streams["video"], state.streams["text"], aux
-        seen, text_seen = apart(attended.flatten(2), video, text)
+        text_seen, seen = self.apart(attended.flatten(2), text, video)
         norms = (block.norm2, block.norm3, block.norm4)
         video = _finished(video, project_out(block.attn1, seen), gates, norms, block.ff)
         if block.context_pre_only:

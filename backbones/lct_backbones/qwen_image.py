@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lct_backbones._diffusers import gated_mlp, joined, project, project_added, project_out
+from lct_backbones._diffusers import finished, modulated, project_out
 from lct_backbones._images import PackedImageBackbone, within_half
 from lct_core import QKV, Extra, Rotation, Shot, ShotInput, Site, State, Traits, axis_frequencies
 
@@ -40,12 +40,15 @@ class QwenImageBackbone(PackedImageBackbone):
         """Any model may have images to go by; layers are refused."""
         if config.use_layer3d_rope or config.use_additional_t_cond:
             raise ValueError("model: got Qwen-Image-Layered, whose frames are layers; load another Qwen-Image")
+        if config.in_channels != (config.out_channels or config.in_channels) * config.patch_size**2:
+            raise ValueError(
+                f"model: got in_channels={config.in_channels} and out_channels={config.out_channels}, expected the "
+                f"former to be {config.patch_size} x {config.patch_size} times the latter: it predicts what it is given"
+            )
         self.frequencies = axis_frequencies(config.axes_dims_rope, dtype=torch.float32)
         images = Extra((config.out_channels, "images", "height", "width"), image=True)
         return self.common(
             config,
-            patch=(1, config.patch_size, config.patch_size),
-            text_width=config.joint_attention_dim,
             text_tokens=(1, None),
             text="joint",
             timesteps=(0.0, 1.0),
@@ -98,21 +101,19 @@ class QwenImageBackbone(PackedImageBackbone):
     def qkv(self, block: Any, site: Site, state: State) -> QKV:
         """Of both streams, text first."""
         by = state.conditioning
-        text_shift, text_scale, *of_text = block.txt_mod(by["time"])[:, None].chunk(6, dim=-1)
         own, *clean = block.img_mod(by["times"].transpose(0, 1)).unsqueeze(2)
         modulation = torch.where(by["is_image"], clean[0], own) if clean else own
-        shift, scale, *of_video = modulation.chunk(6, dim=-1)
-        text = block.txt_norm1(state.streams["text"]) * (1 + text_scale) + text_shift
-        video = block.img_norm1(state.streams["video"]) * (1 + scale) + shift
-        return QKV(*joined(project_added(block.attn, text), project(block.attn, video)), (*of_text, *of_video))
+        video, *of_video = modulated(block.img_norm1, state.streams["video"], *modulation.chunk(6, dim=-1))
+        modulation = block.txt_mod(by["time"])[:, None]
+        text, *of_text = modulated(block.txt_norm1, state.streams["text"], *modulation.chunk(6, dim=-1))
+        return QKV(*self.project_both(block.attn, text, video), (of_text, of_video))
 
     def finish(self, block: Any, site: Site, state: State, attended: Tensor, aux: Any) -> dict[str, Tensor]:
         """Both streams."""
-        text, video = state.streams["text"], state.streams["video"]
-        (text_gate, *of_text), (gate, *of_video) = aux[:4], aux[4:]
-        words, image = (x.contiguous() for x in attended.flatten(2).split([text.shape[1], video.shape[1]], dim=1))
-        text = gated_mlp(text + text_gate * block.attn.to_add_out(words), block.txt_norm2, block.txt_mlp, *of_text)
-        video = gated_mlp(video + gate * project_out(block.attn, image), block.img_norm2, block.img_mlp, *of_video)
+        text, video, (of_text, of_video) = state.streams["text"], state.streams["video"], aux
+        text_seen, seen = (x.contiguous() for x in self.apart(attended.flatten(2), text, video))
+        text = finished(text, block.attn.to_add_out(text_seen), block.txt_norm2, block.txt_mlp, *of_text)
+        video = finished(video, project_out(block.attn, seen), block.img_norm2, block.img_mlp, *of_video)
         return {"text": within_half(text), "video": within_half(video)}
 
     def unpatchify(self, tokens: Tensor, shot: Shot) -> Tensor:

@@ -22,28 +22,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lct_backbones._diffusers import gated_mlp, joined, project, project_added, project_out
+from lct_backbones._diffusers import adaptive, finished, gated_mlp, project, project_out
 from lct_backbones._images import ImageBackbone
-from lct_core import QKV, Extra, ShotInput, Site, State, Traits
+from lct_core import QKV, Shot, ShotInput, Site, State, Traits
 
 
 class SD3Backbone(ImageBackbone):
     """The adapter of ``SD3Transformer2DModel``."""
 
     processors = ("JointAttnProcessor2_0",)
+    patches = "(t h w c)"
 
     def describe(self, config: Any) -> Traits:
         """No RoPE; text behind the image."""
-        channels, pooled = self.model.out_channels, Extra((config.pooled_projection_dim,), required=True)
         return self.common(
             config,
-            patch=(1, config.patch_size, config.patch_size),
-            text_width=config.joint_attention_dim,
             text="joint",
             text_first=False,
             pairing=None,
-            extras={"pooled_projections": pooled, **self.condition(config.in_channels - channels)},
+            extras={**self.beside_time(config), **self.condition(config)},
         )
+
+    def shot(self, inputs: ShotInput) -> Shot:
+        """As for any image; no larger than the grid."""
+        shot, most = super().shot(inputs), self.model.config.pos_embed_max_size
+        if max(shot.grid) > most:
+            raise ValueError(
+                f"latents: got {shot.grid} patches, expected at most {most} rows and columns: the model's grid"
+            )
+        return shot
 
     def sites(self, block: Any) -> tuple[Site, ...]:
         """The second attention first: both see what the block was given, and the joint one's finish ends the block."""
@@ -63,31 +70,30 @@ class SD3Backbone(ImageBackbone):
     def qkv(self, block: Any, site: Site, state: State) -> QKV:
         """Of the image alone; or of image and text."""
         video, text, time = state.streams["video"], state.streams["text"], state.conditioning["time"]
-        x, *modulation = block.norm1(video, emb=time)
         if site.name == "attn2":
-            *_, x, gate = modulation
+            *_, x, gate = block.norm1(video, emb=time)
             return QKV(*project(block.attn2, x), gate[:, None])
+        video, *of_video = adaptive(block.norm1, video, time)
         if block.context_pre_only:
-            words, of_text = block.norm1_context(text, time), []
+            text, of_text = block.norm1_context(text, time), []
         else:
-            words, *of_text = block.norm1_context(text, emb=time)
-        aux = tuple(part[:, None] for part in (*modulation[:4], *of_text))
-        return QKV(*joined(project(block.attn, x), project_added(block.attn, words)), aux)
+            text, *of_text = adaptive(block.norm1_context, text, time)
+        return QKV(*self.project_both(block.attn, text, video), (of_text, of_video[:4]))
 
     def finish(self, block: Any, site: Site, state: State, attended: Tensor, aux: Any) -> dict[str, Tensor]:
         """What the second attention adds, for later; or both streams."""
         video, text, out = state.streams["video"], state.streams["text"], attended.flatten(2)
         if site.name == "attn2":
             return {"second": aux * project_out(block.attn2, out)}
-        (gate, *of_video), of_text = aux[:4], aux[4:]
-        of_image, of_words = out.split([video.shape[1], text.shape[1]], dim=1)
+        of_text, (gate, *of_video) = aux
+        text_seen, seen = self.apart(out, text, video)
         changed: dict[str, Tensor] = {}
-        video = video + gate * project_out(block.attn, of_image)
+        video = video + gate * project_out(block.attn, seen)
         if block.use_dual_attention:
             video = video + state.streams["second"]
             changed["second"] = torch.zeros_like(video[:, :0])  # it is used up: no memory for it between blocks
         changed["video"] = gated_mlp(video, block.norm2, block.ff, *of_video)
         if of_text:
-            text = text + of_text[0] * block.attn.to_add_out(of_words)
-            changed["text"] = gated_mlp(text, block.norm2_context, block.ff_context, *of_text[1:])
+            out = block.attn.to_add_out(text_seen)
+            changed["text"] = finished(text, out, block.norm2_context, block.ff_context, *of_text)
         return changed

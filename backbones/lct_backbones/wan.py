@@ -18,10 +18,9 @@ Sources: Wan, arXiv 2503.20314; ``diffusers.models.transformers.transformer_wan`
 from typing import Any
 
 import torch
-from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
 
-from lct_backbones._diffusers import DiffusersBackbone, project, project_out
+from lct_backbones._diffusers import DiffusersBackbone, attend_image, modulations, project, project_out
 from lct_core import QKV, Extra, ShotInput, Site, State, Traits, axis_frequencies
 
 _IMAGE = "encoder_hidden_states_image"
@@ -33,13 +32,13 @@ class WanBackbone(DiffusersBackbone):
 
     processors = ("WanAttnProcessor",)
     stacks = ("blocks",)
+    patches = "(t h w c)"
 
     def describe(self, config: Any) -> Traits:
         """Frames get the channels that do not divide by three; beside CLIP tokens, the model expects 512 of text."""
-        rope, traits = self.model.rope, {"text": "cross", "text_width": config.text_dim, "patch": config.patch_size}
+        rope, traits = self.model.rope, {"text": "cross", "text_width": config.text_dim}
         self.frequencies = axis_frequencies((rope.t_dim, rope.h_dim, rope.w_dim))
-        extras = self.condition(config.in_channels - (config.out_channels or config.in_channels))
-        extras["timestep_mask"] = Extra(("frames", "height", "width"), image=True)
+        extras = {**self.condition(config), "timestep_mask": Extra(("frames", "height", "width"), image=True)}
         if config.image_dim is not None:
             extras[_IMAGE] = Extra((config.pos_embed_seq_len or "tokens", config.image_dim), required=True, image=True)
             traits["text_tokens"] = (_TEXT, _TEXT)
@@ -56,25 +55,23 @@ class WanBackbone(DiffusersBackbone):
         """Patches; text; the six modulations of a block, for the shot or for every token."""
         given = self.arguments(inputs, timestep)
         video, times = self.model.patch_embedding(given["hidden_states"]), given["timestep"]
-        tokens = times.shape[1] if times.ndim == 2 else None
-        embedded = self.model.condition_embedder(times.flatten(), inputs.text, given.get(_IMAGE), tokens)
+        embedded = self.model.condition_embedder(times.flatten(), inputs.text, given.get(_IMAGE), *times.shape[1:])
         return self.state(video.flatten(2).transpose(1, 2).contiguous(), *embedded)
 
     def state(self, video: Tensor, time: Tensor, modulation: Tensor, text: Tensor, image: Tensor | None) -> State:
         """Time and its modulations get an axis of tokens, of 1 where the shot has one timestep."""
         batch, _, width = video.shape
-        time, modulation = time.view(batch, -1, 1, width), modulation.view(batch, -1, 6, width)
-        conditioning = {"time": time, "modulation": modulation, "text": text}
+        of = {"time": time.view(batch, -1, 1, width), "modulation": modulation.view(batch, -1, 6, width), "text": text}
         if image is not None:
             both = torch.cat([image, text], dim=1)  # then parts of it, as in the model: strides decide the last bits
-            conditioning |= {"image": both[:, :-_TEXT], "text": both[:, -_TEXT:]}
-        return State({"video": video}, conditioning)
+            of |= {"image": both[:, :-_TEXT], "text": both[:, -_TEXT:]}
+        return State({"video": video}, of)
 
     def qkv(self, block: Any, site: Site, state: State) -> QKV:
         """Of the video; or queries of the video, keys and values of the text."""
         video, attn, of = state.streams["video"], getattr(block, site.name), state.conditioning
         if site.name == "attn1":
-            shift, scale, *_ = _modulations(block, of["modulation"].float())
+            shift, scale, *_ = modulations(block.scale_shift_table, of["modulation"].float())
             return QKV(*project(attn, _modulated(block.norm1, video, shift, scale), across_heads=True))
         x = block.norm2(video.float()).type_as(video)
         q, k, v = project(attn, x, of["text"], across_heads=True)
@@ -82,23 +79,18 @@ class WanBackbone(DiffusersBackbone):
 
     def finish(self, block: Any, site: Site, state: State, attended: Tensor, aux: Any) -> dict[str, Tensor]:
         """The gate of the self-attention; or the text's output, and the MLP."""
-        video, attn, out = state.streams["video"], getattr(block, site.name), attended.flatten(2)
-        _, _, gate, shift, scale, mlp_gate = _modulations(block, state.conditioning["modulation"].float())
+        video, attn, of = state.streams["video"], getattr(block, site.name), state.conditioning
+        _, _, gate, shift, scale, mlp_gate = modulations(block.scale_shift_table, of["modulation"].float())
         if site.name == "attn1":
-            return {"video": (video.float() + project_out(attn, out) * gate).type_as(video)}
-        video = video + project_out(attn, out if aux is None else out + aux)
+            return {"video": (video.float() + project_out(attn, attended.flatten(2)) * gate).type_as(video)}
+        video = video + project_out(attn, (attended if aux is None else attended + aux).flatten(2))
         mlp = block.ffn(_modulated(block.norm3, video, shift, scale))
         return {"video": (video.float() + mlp.float() * mlp_gate).type_as(video)}
 
     def head(self, state: State) -> Tensor:
         """The final layer."""
-        shift, scale = _modulations(self.model, state.conditioning["time"])
+        shift, scale = modulations(self.model.scale_shift_table, state.conditioning["time"])
         return self.model.proj_out(_modulated(self.model.norm_out, state.streams["video"], shift, scale))
-
-
-def _modulations(module: Any, of_time: Tensor) -> tuple[Tensor, ...]:
-    """The rows of a module's table, each with its part of the time's ``[batch, 1 or tokens, rows, width]``."""
-    return (module.scale_shift_table + of_time).unbind(-2)
 
 
 def _modulated(norm: nn.Module, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -106,6 +98,6 @@ def _modulated(norm: nn.Module, x: Tensor, shift: Tensor, scale: Tensor) -> Tens
 
 
 def _attend_image(attn: Any, q: Tensor, image: Tensor) -> Tensor:
-    """Cross-attention to the image's tokens, which stays inside its shot."""
+    """To the image's tokens, by projections beside those for the text."""
     k, v = attn.norm_added_k(attn.add_k_proj(image)), attn.add_v_proj(image)
-    return dispatch_attention_fn(q, *(x.unflatten(2, (attn.heads, -1)) for x in (k, v))).flatten(2).type_as(q)
+    return attend_image(q, *(x.unflatten(2, (attn.heads, -1)) for x in (k, v)))

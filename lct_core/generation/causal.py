@@ -58,8 +58,8 @@ def causal(
     done = dict(given or {})
     left = left_to_generate(scene, done, t_c, in_order=True)
     scene = with_dummy_video(scene, model.adapter)
-    path, mask = model.adapter.traits.path, model.adapter.traits.text_mask
-    texts = branches(scene, guidance, text_mask=mask)
+    path = model.adapter.traits.path
+    texts = branches(scene, guidance, model.adapter.traits)
     caches = [
         new_cache(model, capacity=sum(model.adapter.shot(shot).tokens for shot in branch if shot.latents is not None))
         for branch in texts

@@ -51,7 +51,7 @@ def conditional(
             0-1000 and fewer than one step.
     """
     active = left_to_generate(scene, given, t_c, in_order=pattern == "context_causal")
-    texts = branches(scene, guidance, text_mask=model.adapter.traits.text_mask)
+    texts = branches(scene, guidance, model.adapter.traits)
     held = {i: as_condition(model, scene[i], latents, scene[i].latents, t_c) for i, latents in given.items()}
 
     def velocity(latents: list[Latents], t: float) -> list[Latents]:

@@ -8,7 +8,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from lct_core.backbone import ShotInput, describe
+from lct_core.backbone import ShotInput, Traits, describe
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -22,7 +22,7 @@ class Guidance:
         text: The negative prompt of shots, encoded, ``[1 or batch, tokens, width]`` (paper: a concise one).
         global_text: The negative prompt of the global shot (paper: a comprehensive one; default: ours, ``text``).
         extras: What the negative prompt puts in place of a shot's extras of these names: its pooled embedding, where
-            the model takes one, and the mask of its padding.
+            the model takes one, and the mask of its padding, if it has any.
         global_extras: The same for the global shot (default: ours, ``extras``).
         scale: How far (paper, A.2: 7.5). 1 is no guidance, and spares the negative branch.
 
@@ -40,43 +40,57 @@ class Guidance:
         if not isfinite(self.scale):
             raise ValueError(f"scale: got {self.scale}, expected a finite number; 1 is no guidance")
 
-    def negative(self, scene: Sequence[ShotInput], *, text_mask: str | None = None) -> list[ShotInput]:
-        """The scene with its texts replaced.
+    def negative(self, scene: Sequence[ShotInput], traits: Traits) -> list[ShotInput]:
+        """The scene with its prompts replaced: on the device, in the dtype and for the batch of every shot.
 
         Args:
             scene: The shots.
-            text_mask: The extra that marks padding in a text, and goes with it: ``Traits.text_mask``.
+            traits: The model's, which say what belongs to a prompt.
 
         Raises:
-            ValueError: for a negative prompt that is not encoded for one entry of the batch, or for each.
+            ValueError: for a negative prompt that is not encoded for one entry of the batch, or for each, and one that
+                lacks an extra which belongs to a shot's prompt.
         """
-        others = {"shot": self.extras, "global": self.extras if self.global_extras is None else self.global_extras}
-        kept = [{name: x for name, x in shot.extras.items() if name != text_mask} for shot in scene]
-        return [
-            replace(shot, text=self._text(shot), extras={**extras, **others[shot.role]})
-            for shot, extras in zip(scene, kept, strict=True)
-        ]
+        return [self._negative(shot, traits) for shot in scene]
 
-    def _text(self, shot: ShotInput) -> Tensor:
-        name = "global_text" if shot.role == "global" and self.global_text is not None else "text"
+    def _negative(self, shot: ShotInput, traits: Traits) -> ShotInput:
+        of_global = shot.role == "global"
+        name = "global_text" if of_global and self.global_text is not None else "text"
+        extras = self.global_extras if of_global and self.global_extras is not None else self.extras
         text, batch = getattr(self, name), len(shot.text)
         if not isinstance(text, Tensor) or text.ndim != 3 or len(text) not in (1, batch):
             raise ValueError(
                 f"{name}: got {describe(text)}, expected [1 or {batch}, tokens, width]: one encoded negative prompt "
                 "for all entries of the batch, or one for each"
             )
-        return text.to(shot.text).expand(batch, -1, -1)
+        own = {x for x, extra in traits.extras.items() if extra.prompt or x == traits.text_mask}
+        if missing := sorted(x for x in own - set(extras) if traits.extras[x].required):
+            raise ValueError(
+                f"extras: the negative prompt has {sorted(extras) or 'none'}, but the model also takes {missing} of "
+                "every prompt; encode the negative prompt to them too: Guidance(extras={...})"
+            )
+        kept = {x: value for x, value in shot.extras.items() if x not in own}
+        return replace(
+            shot,
+            text=_like(text, shot.text, batch),
+            extras={**kept, **{x: _like(value, shot.extras.get(x), batch) for x, value in extras.items()}},
+        )
 
     def combine(self, positive: Sequence[Tensor], negative: Sequence[Tensor]) -> list[Tensor]:
         """The guided velocity of every shot, in its dtype: at a scale of 0 the negative's, at 1 the positive's."""
         return [n + self.scale * (p - n) for p, n in zip(positive, negative, strict=True)]
 
 
-def branches(
-    scene: Sequence[ShotInput], guidance: Guidance | None, *, text_mask: str | None = None
-) -> list[list[ShotInput]]:
+def branches(scene: Sequence[ShotInput], guidance: Guidance | None, traits: Traits) -> list[list[ShotInput]]:
     """The scene as it is and, where guidance has an effect, with negative prompts."""
     scene = list(scene)
-    return (
-        [scene] if guidance is None or guidance.scale == 1 else [scene, guidance.negative(scene, text_mask=text_mask)]
-    )
+    return [scene] if guidance is None or guidance.scale == 1 else [scene, guidance.negative(scene, traits)]
+
+
+def _like(value: Any, positive: Any, batch: int) -> Any:
+    """A negative prompt's tensor where and what the positive's is, one for every entry of the batch."""
+    if not isinstance(value, Tensor):
+        return value
+    if isinstance(positive, Tensor):
+        value = value.to(positive)
+    return value.expand(batch, *value.shape[1:]) if value.ndim and len(value) == 1 else value

@@ -19,11 +19,11 @@ _TIMEOUT = 60  # seconds for a thread to come to the next attention
 
 
 class Join(NamedTuple):
-    """How an attention module joins shots.
+    """How an attention joins shots.
 
     Args:
-        sees: Which shots' keys the queries of a shot see, ``[shots, shots]``.
-        turned: Whether queries and keys move with their shot along the diagonal; not where keys are text.
+        sees: Which shots' keys the queries of a shot see, ``[shots, shots]``; the identity where it does not join them.
+        turned: Whether queries and keys move with their shot along the diagonal; not where keys are text or an image.
     """
 
     sees: Bool[Tensor, "shots shots"]
@@ -32,7 +32,7 @@ class Join(NamedTuple):
 
 def lockstep(
     forwards: Sequence[Callable[[], Tensor]],
-    joins: Mapping[nn.Module, Join],
+    joins: Mapping[nn.Module, Join | Sequence[Join]],
     *,
     offsets: Sequence[float],
     diagonal: Float[Tensor, "heads pairs"] | None,
@@ -42,7 +42,8 @@ def lockstep(
 
     Args:
         forwards: The model's own forward on each shot.
-        joins: The attention modules that join shots; all others stay inside their shot.
+        joins: The attention modules that join shots; all others stay inside their shot. One Join where all attentions
+            of a module join alike; one for each, in the order of its forward, where they differ.
         offsets: Diagonal steps by which each shot is moved.
         diagonal: Angles of one diagonal step, float64 radians: ``[heads or 1, pairs]``; None without RoPE.
         pairing: As :func:`lct_core.rotation` names them.
@@ -52,7 +53,8 @@ def lockstep(
 
     Raises:
         RuntimeError: where a forward fails, the forwards do not come to the same attentions, one of the modules never
-            calls ``scaled_dot_product_attention``, or calls it causally or with a mask that hides something.
+            calls ``scaled_dot_product_attention``, or not once for each of its Joins, or calls it causally or with a
+            mask that hides something.
     """
     attention, local = F.scaled_dot_product_attention, threading.local()
     barrier = threading.Barrier(len(forwards))
@@ -66,13 +68,18 @@ def lockstep(
         module, shot = getattr(local, "module", None), getattr(local, "shot", None)
         if module is None or shot is None:
             return attention(query, key, value, *args, **kwargs)
+        how, call, local.calls = joins[module], local.calls, local.calls + 1
+        if not isinstance(how, Join):
+            if call >= len(how):  # an error, raised once all calls are counted
+                return attention(query, key, value, *args, **kwargs)
+            how = how[call]
         q, k, v = query, key, value
         mask = kwargs.get("attn_mask", args[0] if args else None)
         hides = mask is not None and not bool(mask.all() if mask.dtype == torch.bool else (mask == 0).all())
         if hides or kwargs.get("is_causal", False):
             raise RuntimeError("joins: an attention hides some of its own keys, which cannot be joined with others")
         came.add(module)
-        sees, turned = joins[module]
+        sees, turned = how
         if turned and diagonal is not None:
             q, k = (_turned(x, offsets[shot] * diagonal, pairing) for x in (q, k))
         slots[shot] = (module, k, v)
@@ -97,10 +104,15 @@ def lockstep(
             barrier.abort()
 
     def enter(module: nn.Module, _: Any) -> None:
-        local.module = module
+        local.module, local.calls = module, 0
 
-    def leave(*_: Any) -> None:
-        local.module = None
+    def leave(module: nn.Module, *_: Any) -> None:
+        local.module, how = None, joins[module]
+        if not isinstance(how, Join) and local.calls != len(how):
+            raise RuntimeError(
+                f"joins: got {len(how)} Joins for a {type(module).__name__} whose forward calls "
+                f"scaled_dot_product_attention {local.calls} times, expected one for each call, or one Join for all"
+            )
 
     handles = [
         handle

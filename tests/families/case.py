@@ -1,8 +1,9 @@
 """What the tests need to know of a family, beside its adapter: facts about the model that the oracle goes by."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,8 @@ class Case:
         name: Family and variant.
         model: Makes it, every time the same.
         joined: Its attention modules that join shots.
-        text: Its attention modules whose keys are text alone; none where text is part of self-attention.
+        text: Its attention modules that cross-attend text; none where text is part of self-attention.
+        sources: What each attention of such a module sees, in order: text, or the image tokens of its own shot.
         diagonal: Angles of one diagonal step, ``[heads or 1, pairs]``; None without RoPE.
         pairing: Which channels they turn.
         steps: Diagonal steps that a shot takes, from its inputs and token grid.
@@ -32,6 +34,7 @@ class Case:
     model: Callable[[], nn.Module]
     joined: Callable[[Any], Sequence[nn.Module]]
     text: Callable[[Any], Sequence[nn.Module]] | None = None
+    sources: tuple[Literal["text", "image"], ...] = ("text",)
     diagonal: Tensor | None = None
     pairing: str = "interleaved"
     steps: Callable[[ShotInput, Shot], int] = lambda inputs, shot: max(shot.grid)
@@ -57,3 +60,19 @@ def series(*channels: int, theta: float = 10_000.0) -> Tensor:
     """The angles of one step along every axis at once: for each axis in turn, theta to the power of -2i / channels."""
     rows = [[theta ** (-2 * i / n) for i in range(n // 2)] for n in channels]
     return torch.tensor([[angle for row in rows for angle in row]], dtype=torch.float64)
+
+
+def fractional(heads: int, head_dim: int, *, step: Sequence[float]) -> Tensor:
+    """Angles of one step: a series of periods from 4 down to 4 / 10000 times an axis, the axes by turns.
+
+    Args:
+        heads: Number of heads; the series runs through all of them.
+        head_dim: Channels of a head.
+        step: What one step is of every axis' whole length.
+    """
+    width = heads * head_dim
+    count = width // 6
+    flat = [0.0] * (width // 2 - 3 * count)
+    for i in range(count):
+        flat += [math.pi / 2 * 10_000 ** (i / (count - 1)) * 2 * share for share in step]
+    return torch.tensor(flat, dtype=torch.float64).view(heads, -1)

@@ -41,7 +41,7 @@ def steps_of_5b(inputs, shot):
     3 x 4 tokens are laid in 4 x 5 from the corner on: columns up to 3.75. 1 x 2 tokens are laid in 3 x 6: columns 0 and
     3. 4 x 2 tokens are laid in the middle, at columns 2 and 3, rows 0 to 3.
     """
-    return {(2, 3, 4): 5, (1, 1, 2): 4, (1, 4, 2): 4}[shot.grid]
+    return {(2, 3, 4): 5, (1, 3, 4): 5, (1, 1, 2): 4, (1, 4, 2): 4}[shot.grid]
 
 
 CASES = [

@@ -37,12 +37,12 @@ def diagonal(*scales):
     return torch.cat([series(d, theta=theta) for d, theta in zip(channels, thetas, strict=True)], dim=1)
 
 
-def case(name, config, *, scales, text=True, **options):
+def case(name, config, *, scales, **options):
     return Case(
         name=f"cosmos, {name}",
         model=lambda: cosmos(**config),
         joined=lambda model: [block.attn1 for block in model.transformer_blocks],
-        text=(lambda model: [block.attn2 for block in model.transformer_blocks]) if text else None,
+        text=lambda model: [block.attn2 for block in model.transformer_blocks],
         diagonal=diagonal(*scales),
         pairing="half",
         **options,
@@ -54,11 +54,10 @@ CASES = [
     case("no channel of padding", {"concat_padding_mask": False}, scales=(1, 3, 3), without=("timestep_mask",)),
     case("Predict 2, video to world: timesteps of frames", VIDEO, scales=(2, 3, 4)),
     case("Predict 2.5: projected text", {**VIDEO, **PROJECTED}, scales=(2, 3, 4)),
-    # Without `text`: text and image are two attentions of one module, which the oracle cannot tell apart.
     case(
         "Transfer 2.5: tokens of an image",
         {**VIDEO, **PROJECTED, **IMAGE, "controlnet_block_every_n": 2},
         scales=(2, 3, 4),
-        text=False,
+        sources=("text", "image"),
     ),
 ]

@@ -26,7 +26,7 @@ def steps(inputs, shot):
     3 x 4 tokens are laid in 30 x 40, columns from 2 to 42 * 3/4. 1 x 2 tokens are laid in 22 x 45: columns 0 and 22.5.
     4 x 2 tokens are laid in 30 x 15: rows up to 22.5.
     """
-    return {(2, 3, 4): 33, (1, 1, 2): 24, (1, 4, 2): 24}[shot.grid]
+    return {(2, 3, 4): 33, (1, 3, 4): 33, (1, 1, 2): 24, (1, 4, 2): 24}[shot.grid]
 
 
 def case(variant, without=(), **config):

@@ -2,9 +2,8 @@
 
 import math
 
-import torch
 from diffusers import LTXVideoTransformer3DModel
-from families.case import Case, random_model
+from families.case import Case, fractional, random_model
 
 TINY = {
     "num_attention_heads": 2,
@@ -20,16 +19,6 @@ TINY = {
 def ltx(**config):
     width = TINY["num_attention_heads"] * config.get("attention_head_dim", 14)
     return random_model(LTXVideoTransformer3DModel, **{**TINY, "cross_attention_dim": width, **config})
-
-
-def fractional(heads, head_dim, *, step):
-    """Angles of one step: a series of periods from 4 down to 4 / 10000 times an axis, the axes by turns."""
-    width = heads * head_dim
-    count = width // 6
-    flat = [0.0] * (width // 2 - 3 * count)
-    for i in range(count):
-        flat += [math.pi / 2 * 10_000 ** (i / (count - 1)) * 2 * share for share in step]
-    return torch.tensor(flat, dtype=torch.float64).view(heads, -1)
 
 
 def steps(inputs, shot):

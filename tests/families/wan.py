@@ -22,12 +22,13 @@ def wan(**config):
 
 
 def case(name, *, axes=(4, 4, 4), without=("timestep_mask",), **config):
-    """Where there are CLIP tokens, the keys of a cross-attention are not text alone."""
+    """Where there are CLIP tokens, a cross-attention sees them, then the text."""
     return Case(
         name=f"wan, {name}",
         model=lambda: wan(**config),
         joined=lambda model: [block.attn1 for block in model.blocks],
-        text=None if "image_dim" in config else lambda model: [block.attn2 for block in model.blocks],
+        text=lambda model: [block.attn2 for block in model.blocks],
+        sources=("image", "text") if "image_dim" in config else ("text",),
         diagonal=series(*axes),
         without=without,
     )
