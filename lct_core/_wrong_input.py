@@ -12,13 +12,16 @@ from lct_core.backbone import Backbone, ShotInput, describe
 
 @contextmanager
 def explained(adapter: Backbone, shots: Sequence[ShotInput]) -> Iterator[None]:
-    """Where torch fails, and an input has another dtype or device than the weights, an error that says so.
+    """Where torch fails, and an input has another dtype or device than the weights, say that this may be why.
 
     Only then: autocast, offloading, sharding and some models themselves bring the two together.
+
+    Raises:
+        ValueError: from torch's error, which it quotes.
     """
     try:
         yield
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, NotImplementedError):
         raise
     except RuntimeError as error:
         if reason := _mismatch(adapter, shots):
@@ -27,7 +30,10 @@ def explained(adapter: Backbone, shots: Sequence[ShotInput]) -> Iterator[None]:
 
 
 def check_finite(shots: Sequence[ShotInput]) -> None:
-    """Of extras on the CPU: elsewhere, a look at their values would wait for the device at every step."""
+    """Refuse extras with values that are not finite, which an embedding could hide; those of latents and text show.
+
+    On the CPU alone: elsewhere, a look at them would wait for the device at every step.
+    """
     for shot in shots:
         for name, x in shot.extras.items():
             if isinstance(x, Tensor) and x.device.type == "cpu" and not bool(x.isfinite().all()):
@@ -38,7 +44,7 @@ def check_finite(shots: Sequence[ShotInput]) -> None:
 
 
 def check_places(coords: Tensor, given: ShotInput) -> None:
-    """Of tokens: a frame rate of almost nothing puts them at infinity."""
+    """Refuse coordinates that are not finite: a frame rate of almost nothing puts tokens at infinity."""
     if not bool(coords.isfinite().all()):
         numbers = {name: x for name, x in given.extras.items() if not isinstance(x, Tensor)}
         raise ValueError(
@@ -62,10 +68,11 @@ def _mismatch(adapter: Backbone, shots: Sequence[ShotInput]) -> str | None:
         extras = {f"extras: {n}": x for n, x in shot.extras.items() if adapter.traits.extras[n].has_channels}
         for name, x in {"latents": shot.latents, "text": shot.text, **extras}.items():
             away = not offloaded and x.device not in devices
-            if away or (x.dtype != dtype and not torch.is_autocast_enabled(x.device.type)):
-                places = " or ".join(sorted(map(str, devices)))
+            cast = x.dtype != torch.float64 and not x.is_meta  # what autocast would cast
+            if away or (x.dtype != dtype and not (cast and torch.is_autocast_enabled(x.device.type))):
+                place = "" if offloaded else f" on {' or '.join(sorted(map(str, devices)))}"
                 return (
-                    f"{name}: got {x.dtype} on {x.device} in shot {i}, expected {dtype} on {places}, as the model's "
-                    "weights are; convert one or the other, or call under torch.autocast"
+                    f"{name}: got {x.dtype} on {x.device} in shot {i}, expected {dtype}{place}, as the model's weights "
+                    f"are; convert one or the other{', or call under torch.autocast' if cast else ''}"
                 )
     return None

@@ -163,7 +163,7 @@ class Extra(NamedTuple):
             latents: it is then zero, as its dummy video is, or left out.
         image: Whether it is an image condition.
         prompt: Whether it belongs to the prompt, as its pooled embedding does: a negative prompt has one of its own.
-        positive: Whether a plain number must be more than 0, as a frame rate must; any may be 0 or more.
+        positive: Whether a plain number must be more than 0, as a frame rate must; else 0 is allowed too.
     """
 
     shape: tuple[int | str, ...] | None
@@ -498,7 +498,8 @@ class Backbone(ABC):
             if value.is_complex() or (takes[name].has_channels and not value.is_floating_point()):
                 kind = "floating-point" if takes[name].has_channels else "real"
                 raise ValueError(f"extras: {name} is {value.dtype}, expected a {kind} tensor; call .to(latents.dtype)")
-            if name != self.traits.text_mask or value.is_meta:  # whose numbers are read, best where that is no wait
+            # a text mask may stay on the CPU, where its values are read without waiting for the device
+            if name != self.traits.text_mask or value.is_meta:
                 _check_device(f"extras: {name}", value, latents)
 
 
@@ -584,8 +585,9 @@ class KernelSpec:
 def _check_number(name: str, value: Any, *, positive: bool) -> None:
     is_number = isinstance(value, int | float) and not (positive and isinstance(value, bool))
     if not is_number or not 0 <= value <= sys.float_info.max or (positive and not value):
-        kind = "a number above 0" if positive else "a number that is not negative"
-        raise ValueError(f"extras: {name} is {describe(value)}, expected {kind}")
+        came = f"a tensor of shape {describe(value)}" if isinstance(value, Tensor) else describe(value)
+        kind = "above 0" if positive else "not negative"
+        raise ValueError(f"extras: {name} is {came}, expected a number, an int or a float, that is {kind}")
 
 
 def _check_device(name: str, value: Tensor, latents: Tensor) -> None:

@@ -106,7 +106,7 @@ def test_the_message_says_what_shape_is_expected():
 
 @pytest.mark.parametrize("fps", [torch.ones(2), torch.tensor(24.0), "24", None, 1j, -1, NAN, INF, 10**400])
 def test_a_number_is_a_number(fps):
-    with pytest.raises(ValueError, match=r"^extras: fps is .*, expected a number that is not negative$"):
+    with pytest.raises(ValueError, match=r"^extras: fps is .*, expected a number, an int or a float, that is not negative$"):
         demanding().shot(shot(**{**fitting(), "fps": fps}))
 
 
@@ -114,7 +114,7 @@ def test_a_number_is_a_number(fps):
 def test_a_rate_is_a_number_above_0(rate):
     adapter = toy()
     adapter.traits = replace(adapter.traits, extras={"rate": Extra(None, positive=True), "flag": Extra(None)})
-    with pytest.raises(ValueError, match=r"^extras: rate is .*, expected a number above 0$"):
+    with pytest.raises(ValueError, match=r"^extras: rate is .*, expected a number, an int or a float, that is above 0$"):
         adapter.shot(shot(rate=rate))
     adapter.shot(shot(rate=1e-9, flag=True))
     adapter.shot(shot(rate=25, flag=0))
@@ -354,6 +354,25 @@ def test_an_input_unlike_the_weights_is_named(name):
     with pytest.raises(ValueError, match=message) as caught, torch.no_grad():
         model([given, wrong], T.repeat(2))
     assert isinstance(caught.value.__cause__, RuntimeError)
+
+
+@pytest.mark.parametrize("name", ["latents", "text"])
+def test_what_autocast_does_not_cast_is_named_under_it_too(name):
+    wrong = replace(shot(), **{name: getattr(shot(), name).double()})
+    message = rf"^{name}: got torch\.float64 on cpu in shot 0, .* are; convert one or the other; torch says: "
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(ValueError, match=message), torch.no_grad():
+        scene_model()([wrong], T)
+
+
+def test_errors_of_the_adapter_stay_what_they_are():
+    model = scene_model()
+
+    def head(state):
+        raise NotImplementedError("this head is to be written")
+
+    model.adapter.head = head
+    with pytest.raises(NotImplementedError, match="this head is to be written"):
+        model([shot()], T)
 
 
 def test_a_scene_on_another_device_than_the_weights_is_named():

@@ -88,12 +88,12 @@ def test_files_play_commonly(tmp_path: Path) -> None:
         assert (stream.codec_context.colorspace, stream.codec_context.color_range) == (1, 1)
 
 
-@pytest.mark.parametrize("frames", [3, 5])
-def test_the_same_frames_make_the_same_video(tmp_path: Path, frames: int) -> None:
-    """On frames as small as these x264's lookahead read memory that nobody wrote."""
-    clip = torch.rand(3, frames, 24, 24, generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize(("files", "size"), [(100, (3, 24, 24)), (100, (5, 24, 24)), (20, (5, 256, 448))])
+def test_the_same_frames_make_the_same_video(tmp_path: Path, files: int, size: tuple[int, int, int]) -> None:
+    """On frames of these sizes x264's lookahead read memory that nobody wrote."""
+    clip = torch.rand(3, *size, generator=torch.Generator().manual_seed(0))
     videos = []
-    for i in range(100):
+    for i in range(files):
         freed = [torch.rand(50_000) for _ in range(i % 7)]
         del freed  # what the encoder finds where it allocates
         write_video(tmp_path / "a.mp4", clip, fps=8)

@@ -949,9 +949,7 @@ def test_a_schedule_is_the_schedulers(shift):
 def test_a_loop_follows_any_levels():
     visited, levels = [], [1.0, 0.9, 0.2, 0.0]
     noise = random(1, 2, 1, 2, 3, seed=0).double()
-    (z,) = euler(
-        lambda latents, t: (visited.append(t), latents)[1], [noise], steps=torch.tensor(levels, dtype=torch.float64)
-    )
+    (z,) = euler(lambda latents, t: (visited.append(t), latents)[1], [noise], steps=tuple(levels))
     assert visited == levels[:-1]
     assert torch.allclose(z, noise * (1 - 0.1) * (1 - 0.7) * (1 - 0.2), rtol=1e-12, atol=0)
 
@@ -965,13 +963,16 @@ def test_every_mode_follows_levels(mode):
     assert not any(torch.equal(equal[i], shifted[i]) for i in left)
 
 
-@pytest.mark.parametrize("levels", [[], [1.0], [0.0, 1.0], [1.0, 0.5], [0.9, 0.0], [1.0, 0.5, 0.5, 0.0]])
+@pytest.mark.parametrize(
+    "levels",
+    [[], [1.0], [0.0, 1.0], [1.0, 0.5], [0.9, 0.0], [1.0, 0.5, 0.5, 0.0], [1.0, float("nan"), 0.0], [1, "0.5", 0]],
+)
 def test_refuses_levels_that_do_not_go_down_from_one_to_zero(levels):
-    with pytest.raises(ValueError, match=r"^steps: got the levels \[.*expected them to go down from 1 to 0"):
+    with pytest.raises(ValueError, match=r"^steps: got the levels \[.*expected numbers that go down from 1 to 0"):
         euler(lambda latents, t: latents, [torch.ones(1, 1, 1, 1, 1)], steps=levels)
 
 
-@pytest.mark.parametrize("shift", [0, -1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("shift", [0, -1.0, float("nan"), float("inf"), None, "3", torch.tensor(3.0)])
 def test_refuses_a_shift_that_is_not_positive(shift):
     with pytest.raises(ValueError, match=r"^shift: got .*expected a positive number"):
         schedule(4, shift=shift)
@@ -998,9 +999,9 @@ def test_a_velocity_for_every_shot():
         euler(lambda latents, t: latents[:1], [torch.ones(1, 1, 1, 1, 1)] * 2, steps=1)
 
 
-@pytest.mark.parametrize("steps", [0, -1])
-def test_refuses_fewer_than_one_step(steps):
-    message = rf"^steps: got {steps}, expected an int of at least 1"
+@pytest.mark.parametrize("steps", [0, -1, 2.5, "32", None])
+def test_refuses_what_is_no_number_of_steps(steps):
+    message = rf"^steps: got {steps!r}, expected an int of at least 1"
     with pytest.raises(ValueError, match=message):
         euler(lambda latents, t: latents, [torch.ones(1, 1, 1, 1, 1)], steps=steps)
     for mode in MODES:

@@ -209,7 +209,7 @@ def modulated(norm: nn.Module, x: Tensor, shift: Tensor, scale: Tensor, *others:
 
 
 def adaptive(norm: nn.Module, x: Tensor, time: Tensor) -> tuple[Tensor, ...]:
-    """The same by a norm that makes the modulations itself, from the time; the others are ``[batch, 1, width]``."""
+    """Tokens modulated by a norm that makes its modulations from the time; the others are ``[batch, 1, width]``."""
     x, *others = norm(x, emb=time)
     return x, *(part[:, None] for part in others)
 

@@ -60,12 +60,12 @@ class WanBackbone(DiffusersBackbone):
 
     def state(self, video: Tensor, time: Tensor, modulation: Tensor, text: Tensor, image: Tensor | None) -> State:
         """Time and its modulations get an axis of tokens, of 1 where the shot has one timestep."""
-        batch, _, width = video.shape
-        of = {"time": time.view(batch, -1, 1, width), "modulation": modulation.view(batch, -1, 6, width), "text": text}
+        time, modulation = (x.view(len(video), -1, n, video.shape[-1]) for x, n in ((time, 1), (modulation, 6)))
+        conditioning = {"time": time, "modulation": modulation, "text": text}
         if image is not None:
             both = torch.cat([image, text], dim=1)  # then parts of it, as in the model: strides decide the last bits
-            of |= {"image": both[:, :-_TEXT], "text": both[:, -_TEXT:]}
-        return State({"video": video}, of)
+            conditioning |= {"image": both[:, :-_TEXT], "text": both[:, -_TEXT:]}
+        return State({"video": video}, conditioning)
 
     def qkv(self, block: Any, site: Site, state: State) -> QKV:
         """Of the video; or queries of the video, keys and values of the text."""

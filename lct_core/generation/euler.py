@@ -1,14 +1,16 @@
 """The one loop that every mode runs: plain Euler steps from noise to data (paper, A.2)."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from math import isfinite
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lct_core.backbone import describe
 from lct_core.noise import Path, RectifiedFlow
 
 Latents = Float[Tensor, "batch channels frames height width"]
@@ -51,12 +53,14 @@ def schedule(steps: int, *, shift: float = 1.0) -> list[float]:
     Raises:
         ValueError: for fewer than one step, or a shift that is not positive.
     """
-    if not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"steps: got {steps!r}, expected an int of at least 1, or noise levels from 1 down to 0")
-    if not isfinite(shift) or shift <= 0:
-        raise ValueError(f"shift: got {shift!r}, expected a positive number; 1 is no shift")
-    levels = [1 - i / steps for i in range(steps + 1)]
-    return [shift * t / (1 + (shift - 1) * t) for t in levels]
+    if not isinstance(steps, Integral) or steps < 1:
+        raise ValueError(
+            f"steps: got {describe(steps)}, expected an int of at least 1, or a list of noise levels from 1 down to 0"
+        )
+    if not isinstance(shift, int | float) or not isfinite(shift) or shift <= 0:
+        raise ValueError(f"shift: got {describe(shift)}, expected a positive number; 1 is no shift")
+    levels = [1 - i / steps for i in range(int(steps) + 1)]
+    return [shift * t / (shift * t + (1 - t)) for t in levels]
 
 
 def euler(
@@ -77,7 +81,7 @@ def euler(
         path: Whose steps they are (default: of the straight one, z <- z - (t - s) v from level t to s).
         noisy: Where each shot is to be denoised; the rest stays as it is (default: everywhere).
         steps: Number of equal steps (paper, A.2: 32), or the noise levels themselves, from 1 down to 0: a
-            :func:`schedule`, or a scheduler's sigmas.
+            :func:`schedule`, or ``FlowMatchEulerDiscreteScheduler.sigmas.tolist()``.
         shots: What a callback shall call these shots (default: 0, 1, 2, ...).
         callback: Called after every step.
 
@@ -87,9 +91,13 @@ def euler(
     Raises:
         ValueError: for fewer than one step, and levels that do not go down from 1 to 0.
     """
-    levels = [float(t) for t in steps] if isinstance(steps, Iterable) else schedule(steps)
-    if len(levels) < 2 or (levels[0], levels[-1]) != (1, 0) or any(t <= s for t, s in pairwise(levels)):
-        raise ValueError(f"steps: got the levels {levels}, expected them to go down from 1 to 0")
+    levels = steps if isinstance(steps, Sequence) and not isinstance(steps, str) else schedule(steps)
+    numbers = all(isinstance(t, int | float) for t in levels)
+    if not numbers or [*levels[:1], *levels[-1:]] != [1, 0] or not all(t > s for t, s in pairwise(levels)):
+        raise ValueError(
+            f"steps: got the levels {describe(levels)}, expected numbers that go down from 1 to 0; "
+            "lct_core.generation.schedule makes them"
+        )
     path = path or RectifiedFlow()
     names = tuple(range(len(noise)) if shots is None else shots)
     latents = [wide(z) for z in noise]

@@ -27,7 +27,7 @@ class Guidance:
         scale: How far (paper, A.2: 7.5). 1 is no guidance, and spares the negative branch.
 
     Raises:
-        ValueError: for a scale that is not finite.
+        ValueError: for a scale that is not finite, and extras that are no mapping.
     """
 
     text: Float[Tensor, "batch tokens width"]
@@ -37,8 +37,11 @@ class Guidance:
     scale: float = 7.5
 
     def __post_init__(self) -> None:
-        if not isfinite(self.scale):
-            raise ValueError(f"scale: got {self.scale}, expected a finite number; 1 is no guidance")
+        if not isinstance(self.scale, int | float) or not isfinite(self.scale):
+            raise ValueError(f"scale: got {self.scale!r}, expected a finite number; 1 is no guidance")
+        for name, extras in (("extras", self.extras), ("global_extras", self.global_extras or {})):
+            if not isinstance(extras, Mapping):
+                raise ValueError(f"{name}: got {describe(extras)}, expected a mapping from names to values")
 
     def negative(self, scene: Sequence[ShotInput], traits: Traits) -> list[ShotInput]:
         """The scene with its prompts replaced: on the device, in the dtype and for the batch of every shot.
@@ -56,8 +59,8 @@ class Guidance:
     def _negative(self, shot: ShotInput, traits: Traits) -> ShotInput:
         of_global = shot.role == "global"
         name = "global_text" if of_global and self.global_text is not None else "text"
-        extras = self.global_extras if of_global and self.global_extras is not None else self.extras
-        text, batch = getattr(self, name), len(shot.text)
+        further = "global_extras" if of_global and self.global_extras is not None else "extras"
+        text, extras, batch = getattr(self, name), getattr(self, further), len(shot.text)
         if not isinstance(text, Tensor) or text.ndim != 3 or len(text) not in (1, batch):
             raise ValueError(
                 f"{name}: got {describe(text)}, expected [1 or {batch}, tokens, width]: one encoded negative prompt "
@@ -66,14 +69,14 @@ class Guidance:
         own = {x for x, extra in traits.extras.items() if extra.prompt or x == traits.text_mask}
         if missing := sorted(x for x in own - set(extras) if traits.extras[x].required):
             raise ValueError(
-                f"extras: the negative prompt has {sorted(extras) or 'none'}, but the model also takes {missing} of "
-                "every prompt; encode the negative prompt to them too: Guidance(extras={...})"
+                f"{further}: the negative prompt has {sorted(extras) or 'none'}, but the model also takes {missing} of "
+                f"every prompt; encode the negative prompt to them too: Guidance({further}={{...}})"
             )
         kept = {x: value for x, value in shot.extras.items() if x not in own}
         return replace(
             shot,
-            text=_like(text, shot.text, batch),
-            extras={**kept, **{x: _like(value, shot.extras.get(x), batch) for x, value in extras.items()}},
+            text=_like(text, shot.text),
+            extras={**kept, **{x: _like(value, shot.extras.get(x, shot.text)) for x, value in extras.items()}},
         )
 
     def combine(self, positive: Sequence[Tensor], negative: Sequence[Tensor]) -> list[Tensor]:
@@ -87,10 +90,10 @@ def branches(scene: Sequence[ShotInput], guidance: Guidance | None, traits: Trai
     return [scene] if guidance is None or guidance.scale == 1 else [scene, guidance.negative(scene, traits)]
 
 
-def _like(value: Any, positive: Any, batch: int) -> Any:
-    """A negative prompt's tensor where and what the positive's is, one for every entry of the batch."""
-    if not isinstance(value, Tensor):
+def _like(value: Any, positive: Any) -> Any:
+    """A negative prompt's tensor on the device, in the dtype and for as many entries of the batch as the positive's."""
+    if not isinstance(value, Tensor) or not isinstance(positive, Tensor):
         return value
-    if isinstance(positive, Tensor):
-        value = value.to(positive)
-    return value.expand(batch, *value.shape[1:]) if value.ndim and len(value) == 1 else value
+    same_kind = value.is_floating_point() and positive.is_floating_point()
+    value = value.to(positive.device, positive.dtype if same_kind else value.dtype)
+    return value.expand(len(positive), *value.shape[1:]) if value.ndim and len(value) == 1 else value
