@@ -106,7 +106,7 @@ def test_the_message_says_what_shape_is_expected():
 
 @pytest.mark.parametrize("fps", [torch.ones(2), torch.tensor(24.0), "24", None, 1j, -1, NAN, INF, 10**400])
 def test_a_number_is_a_number(fps):
-    with pytest.raises(ValueError, match=r"^extras: fps is .*, expected a number, an int or a float, that is not negative$"):
+    with pytest.raises(ValueError, match=r"^extras: fps is .*, expected a number, .* that is not negative$"):
         demanding().shot(shot(**{**fitting(), "fps": fps}))
 
 
@@ -114,7 +114,7 @@ def test_a_number_is_a_number(fps):
 def test_a_rate_is_a_number_above_0(rate):
     adapter = toy()
     adapter.traits = replace(adapter.traits, extras={"rate": Extra(None, positive=True), "flag": Extra(None)})
-    with pytest.raises(ValueError, match=r"^extras: rate is .*, expected a number, an int or a float, that is above 0$"):
+    with pytest.raises(ValueError, match=r"^extras: rate is .*, expected a number, .* that is above 0$"):
         adapter.shot(shot(rate=rate))
     adapter.shot(shot(rate=1e-9, flag=True))
     adapter.shot(shot(rate=25, flag=0))
