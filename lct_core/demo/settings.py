@@ -93,7 +93,7 @@ def quick(*, seed: int) -> Settings:
         seed=seed,
         scenes=120,
         single_shot_steps=800,
-        tuning_steps=1000,
+        tuning_steps=1300,
         causal_steps=350,
         euler_steps=12,
     )
