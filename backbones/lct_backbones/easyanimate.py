@@ -43,11 +43,8 @@ class EasyAnimateBackbone(DiffusersBackbone):
         """Channels that the model takes beyond those that it predicts are a condition."""
         side = config.attention_head_dim // 8 * 3
         self.frequencies = axis_frequencies((config.attention_head_dim // 4, side, side), dtype=torch.float32)
-        extras = (
-            {}
-            if config.text_embed_dim_t5 is None
-            else {_T5: Extra(("t5_tokens", config.text_embed_dim_t5), prompt=True)}
-        )
+        width = config.text_embed_dim_t5
+        extras = {} if width is None else {_T5: Extra(("t5_tokens", width), prompt=True)}
         return self.common(config, text="joint", extras={**extras, **self.condition(config)})
 
     def coordinates(self, inputs: ShotInput, shot: Shot) -> Tensor:
