@@ -21,9 +21,12 @@ def explained(adapter: Backbone, shots: Sequence[ShotInput]) -> Iterator[None]:
     """
     try:
         yield
-    except (torch.OutOfMemoryError, NotImplementedError):
+    except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
+        without_values = any(shot.latents.is_meta or shot.text.is_meta for shot in shots)
+        if isinstance(error, NotImplementedError) and not without_values:
+            raise  # an adapter's own; torch raises it for tensors on "meta"
         if reason := _mismatch(adapter, shots):
             raise ValueError(f"{reason}; torch says: {error}") from error
         raise

@@ -8,6 +8,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import torch
@@ -561,6 +562,18 @@ class KernelRequest(NamedTuple):
     head_dim: int
     grad: bool
 
+    @property
+    def hardware(self) -> str:
+        """What the kernel is to run on: ``"sm_90"`` and the like on CUDA, else the type of the device."""
+        return _hardware(self.device)
+
+
+@cache
+def _hardware(device: torch.device) -> str:
+    if device.type != "cuda" or torch.version.cuda is None:
+        return device.type
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+
 
 @dataclass(frozen=True, kw_only=True)
 class KernelSpec:
@@ -573,13 +586,19 @@ class KernelSpec:
             :func:`lct_core.attend`.
         refusals: Every reason why the kernel cannot serve a request; empty where it can. Must be cheap.
         rank: Place in the order that ``kernel="auto"`` follows, lowest first; None where it must be asked for by name.
+            A function of the request where the place depends on hardware, pattern or shape. Torch's own SDPA, which
+            serves everything, has 100.
     """
 
     name: str
     summary: str
     load: Callable[[], Kernel]
     refusals: Callable[[KernelRequest], list[str]]
-    rank: int | None = None
+    rank: int | Callable[[KernelRequest], int | None] | None = None
+
+    def place(self, request: KernelRequest) -> int | None:
+        """The rank for a request."""
+        return self.rank(request) if callable(self.rank) else self.rank
 
 
 def _check_number(name: str, value: Any, *, positive: bool) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Int
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 Pattern = Callable[[Layout], "AttentionPlan"]
+Form = Literal["dense", "packed", "overlapping", "gathered"]
 
 
 class Segment(NamedTuple):
@@ -104,6 +105,21 @@ class AttentionPlan:
     def pairs(self) -> int:
         """Number of (query, key) pairs that are attended."""
         return sum(segment.queries.size * segment.num_keys for segment in self.segments)
+
+    @cached_property
+    def form(self) -> Form:
+        """How the key ranges lie, which is what decides how kernels can run a plan.
+
+        ``"dense"``: all queries see one range (a scene, a shot behind its history); ``"packed"``: every segment sees
+        one range and no two overlap (scenes side by side); ``"overlapping"``: one range each, and some overlap
+        (context-causal); ``"gathered"``: some segment sees several ranges (a history with gaps).
+        """
+        if any(len(keys) > 1 for _, keys in self.segments):
+            return "gathered"
+        if len(self.segments) == 1:
+            return "dense"
+        keys = sorted(keys[0] for _, keys in self.segments)
+        return "packed" if all(a.stop <= b.start for a, b in pairwise(keys)) else "overlapping"
 
     def flops(self, *, heads: int, head_dim: int, backward: bool = False) -> int:
         """Floating point operations of the attention itself, attended pairs only.

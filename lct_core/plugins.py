@@ -94,8 +94,21 @@ class Registry:
 
     @property
     def kernels(self) -> dict[str, KernelSpec]:
-        """The kernels by name, in the order that ``kernel="auto"`` follows; those asked for by name only come last."""
-        return dict(sorted(self._kernels.items(), key=lambda item: (item[1].rank is None, item[1].rank or 0, item[0])))
+        """The kernels by name."""
+        return dict(sorted(self._kernels.items()))
+
+    def ranks(self, request: KernelRequest) -> dict[str, int | None]:
+        """Every kernel's rank for a request, in the order that ``kernel="auto"`` follows.
+
+        Those that must be asked for by name, of rank None, come last.
+
+        Raises:
+            PluginError: where a kernel's own answer crashes.
+        """
+        ranks = {
+            name: _of("kernel", name, partial(spec.place, request), self.kernels) for name, spec in self.kernels.items()
+        }
+        return dict(sorted(ranks.items(), key=lambda item: (item[1] is None, item[1] or 0)))
 
     def kernel(self, name: str, request: KernelRequest) -> Kernel:
         """The kernel to run for a request; looked up once for each kind of request.
@@ -130,15 +143,13 @@ class Registry:
 
     def _choose(self, name: str, request: KernelRequest) -> KernelSpec:
         self.check_kernel(name)
-        candidates = (
-            [s for s in self.kernels.values() if s.rank is not None] if name == "auto" else [self._kernels[name]]
-        )
+        ranked = (kernel for kernel, rank in self.ranks(request).items() if rank is not None)
         reasons = []
-        for spec in candidates:
-            refusals = self.refusals(spec.name, request)
+        for candidate in ranked if name == "auto" else [name]:
+            refusals = self.refusals(candidate, request)
             if not refusals:
-                return spec
-            reasons += [f"  {spec.name}: {'; '.join(refusals)}"]
+                return self._kernels[candidate]
+            reasons += [f"  {candidate}: {'; '.join(refusals)}"]
         raise ValueError(
             f"kernel: no kernel for {request.dtype} on {request.device}, {request.heads}:{request.kv_heads} heads of "
             f"{request.head_dim}{', with gradients' if request.grad else ''}; {name!r} was asked for, and refuses:\n"

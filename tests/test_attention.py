@@ -24,7 +24,7 @@ from lct_core.masks import (
     own_shot,
     selected_history,
 )
-from lct_core.plugins import Registry, hookimpl, registry
+from lct_core.plugins import PluginError, Registry, hookimpl, registry
 from lct_core.testing import conformance as suite
 from lct_core.testing.strategies import layouts
 from lct_core.testing.tolerances import BOUNDS, error
@@ -86,6 +86,7 @@ def use(monkeypatch, *specs):
     own = Registry()
     own.register(Plugin(), name="test")
     monkeypatch.setattr(attention, "registry", lambda: own)
+    monkeypatch.setattr(suite, "registry", lambda: own)
     return own
 
 
@@ -122,7 +123,7 @@ def test_the_reference_computes_in_float64(plan):
 
 def test_sdpa_conforms():
     findings = list(suite.kernel_conformance("sdpa", dtypes=(torch.float32, torch.bfloat16, torch.float16)))
-    assert len(findings) == 3 * 5 * 2 * 4  # dtypes, plans, head counts; output and three gradients
+    assert len(findings) == 3 * 6 * 2 * 4  # dtypes, plans, head counts; output and three gradients
     for finding in findings:
         assert finding.holds, finding
 
@@ -147,6 +148,18 @@ WRONG = {
 def test_the_conformance_suite_finds_a_wrong_kernel(name, monkeypatch):
     use(monkeypatch, kernel_spec("wrong", WRONG[name]))
     assert not all(finding.holds for finding in suite.kernel_conformance("wrong", dtypes=[torch.float32]))
+
+
+def test_the_conformance_suite_leaves_out_what_a_kernel_refuses(monkeypatch):
+    def refusals(request):
+        return ["gradients"] if request.grad else ["gaps"] if request.plan.form == "gathered" else []
+
+    use(monkeypatch, kernel_spec("mine", refusals=refusals))
+    findings = list(suite.kernel_conformance("mine", dtypes=[torch.float32], grad=False))
+    assert len(findings) == 4 * 2
+    assert not any("gaps" in finding.case for finding in findings)
+    with pytest.raises(ValueError, match=r"^mine: it refuses every plan in float32: gradients$"):
+        list(suite.kernel_conformance("mine", dtypes=[torch.float32]))
 
 
 def test_flex_conforms_on_a_cpu(monkeypatch):
@@ -443,9 +456,9 @@ def test_a_kernel_asked_for_by_name_is_never_replaced(head_dim, dtype, grad, rea
     assert f"{dtype} on cpu, 2:2 heads of {head_dim}" in listed[0]
 
 
-@pytest.mark.parametrize("name", ["flash3", "", "SDPA"])
+@pytest.mark.parametrize("name", ["flash9", "", "SDPA"])
 def test_an_unknown_kernel_is_an_error(name):
-    with pytest.raises(ValueError, match=rf"^kernel: got '{name}', expected \"auto\" or one of \['sdpa', .*'flex'"):
+    with pytest.raises(ValueError, match=rf"^kernel: got '{name}', expected \"auto\" or one of \[.*'flex', .*'sdpa'"):
         attend(*draw(GAPS), GAPS, kernel=name)
 
 
@@ -459,12 +472,40 @@ def test_auto_takes_the_first_in_order_that_does_not_refuse(monkeypatch):
         kernel_spec("unranked", lambda *a: pytest.fail("unranked")),
         kernel_spec("early", lambda q, k, v, plan, scale: q * 0 + scale, refusals=refuses, rank=1),
     )
-    assert list(mine.kernels) == ["early", "sdpa", "late", "reference", "unranked"]
+    request = KernelRequest(GAPS, torch.device("cpu"), torch.float32, 2, 2, 8, False)
+    ranks = {"early": 1, "sdpa": 100, "late": 101, "reference": None, "unranked": None}
+    assert list(mine.ranks(request).items()) == list(ranks.items())
     even, odd = draw(GAPS, head_dim=4), draw(GAPS, head_dim=3)
     assert (attend(*even, GAPS) == 0.5).all()
     assert torch.equal(attend(*odd, GAPS), attend(*odd, GAPS, kernel="sdpa"))
     with pytest.raises(ValueError, match=r"'early' was asked for, and refuses:\n  early: too odd$"):
         attend(*odd, GAPS, kernel="early")
+
+
+def test_a_rank_may_depend_on_the_request(monkeypatch):
+    mine = use(
+        monkeypatch,
+        kernel_spec("wide", lambda q, k, v, plan, scale: q * 0 + 2, rank=lambda request: 100 - request.head_dim),
+        kernel_spec("narrow", lambda q, k, v, plan, scale: q * 0 + 3, rank=lambda r: 95 if r.head_dim < 8 else None),
+    )
+    assert (attend(*draw(GAPS, head_dim=4), GAPS) == 3).all()
+    assert (attend(*draw(GAPS, head_dim=8), GAPS) == 2).all()
+    request = KernelRequest(GAPS, torch.device("cpu"), torch.float32, 2, 2, 8, False)
+    assert mine.ranks(request) == {"wide": 92, "sdpa": 100, "narrow": None, "reference": None}
+
+
+def test_a_rank_that_crashes_is_its_plugins():
+    own = Registry()
+
+    class Plugin:
+        @hookimpl
+        def lct_kernels(self):
+            return [kernel_spec("broken", rank=lambda request: request.no_such)]
+
+    own.register(Plugin(), name="test")
+    request = KernelRequest(GAPS, torch.device("cpu"), torch.float32, 2, 2, 8, False)
+    with pytest.raises(PluginError, match=r"^kernel 'broken' is broken: AttributeError: .*no_such"):
+        own.kernel("auto", request)
 
 
 def test_auto_lists_every_candidates_reasons():
@@ -581,5 +622,4 @@ def test_cross_attention_spaces_may_differ():
 
 
 def test_the_installed_registry_serves_the_kernels_that_come_with_the_library():
-    assert list(registry().kernels)[:1] == ["sdpa"]
     assert {"sdpa", "reference", "flex"} <= set(registry().kernels)

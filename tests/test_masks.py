@@ -511,3 +511,29 @@ def test_the_block_mask_of_a_long_scene_is_small(name):
 def test_a_plan_refuses(segments, message):
     with pytest.raises(ValueError, match=f"^segments: {message}"):
         AttentionPlan(6, 4, tuple(Segment(Range(*q), tuple(Range(*r) for r in keys)) for q, keys in segments))
+
+
+@given(layouts())
+def test_the_form_is_what_the_segments_are(layout):
+    for plan in (
+        bidirectional(layout),
+        context_causal(layout),
+        own_shot(layout),
+        *map(context_causal(layout).rows, layout.spans),
+    ):
+        seen = [{key for r in keys for key in range(*r)} for _, keys in plan.segments]
+        contiguous = all(max(keys) - min(keys) + 1 == len(keys) for keys in seen)
+        apart = sum(map(len, seen)) == len(set().union(*seen))
+        expected = "gathered" if not contiguous else "dense" if len(seen) == 1 else "packed" if apart else "overlapping"
+        assert plan.form == expected
+
+
+def test_the_forms_of_lcts_patterns():
+    scene = Layout([[A, B, A]])
+    packed = Layout([[A, B], [A]])
+    assert bidirectional(scene).form == "dense"
+    assert bidirectional(packed).form == own_shot(scene).form == own_text(Layout([[A, A]])).form == "packed"
+    assert context_causal(scene).form == context_causal(packed).form == "overlapping"
+    assert context_causal(scene).rows(scene.spans[-1]).form == "dense"
+    assert selected_history(scene, [[], [0], [0]]).form == "gathered"
+    assert own_and_global_text(Layout([[GLOBAL, A, A]])).form == "gathered"

@@ -128,7 +128,8 @@ def test_the_names_are_in_order():
     ranked = [kernel("z"), kernel("late", rank=200), kernel("first", rank=0), kernel("second", rank=1), kernel("b")]
     registry.register(plugin(kernels=ranked), name="two")
     assert list(registry.backbones) == ["a", "b"]
-    assert list(registry.kernels) == ["first", "second", "sdpa", "late", "b", "reference", "z"]
+    assert list(registry.kernels) == ["b", "first", "late", "reference", "sdpa", "second", "z"]
+    assert list(registry.ranks(REQUEST)) == ["first", "second", "sdpa", "late", "b", "reference", "z"]
 
 
 def test_a_spec_is_light_until_it_is_used():

@@ -96,3 +96,10 @@ def test_inputs_that_are_refused():
         scene_model([replace(shot, latents=torch.zeros(2, 4, 2, 8, 4), extras={})], T)
     with pytest.raises(ValueError, match=r"image_latents is .*expected a tensor"):
         scene_model([replace(shot, extras={"image_latents": torch.zeros(2, 4, 1, 4, 4)})], T)
+
+
+def test_shots_on_another_device_than_the_weights_are_named():
+    scene_model = retrofit(qwen_image())
+    wrong = example(scene_model, Shot(6, (1, 5, 4))).to("meta")
+    with pytest.raises(ValueError, match=r"^latents: got torch\.float32 on meta in shot 0, expected .* on cpu, as the"):
+        scene_model([wrong], T)

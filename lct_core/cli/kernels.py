@@ -24,12 +24,12 @@ class KernelRow(NamedTuple):
 def kernel_rows(registry: Registry, request: KernelRequest) -> list[KernelRow]:
     """A registry's kernels in the order that ``kernel="auto"`` follows, each with its reasons to refuse a request."""
     rows = []
-    for spec in registry.kernels.values():
+    for name, rank in registry.ranks(request).items():
         try:
-            refusals = registry.refusals(spec.name, request)
+            refusals = registry.refusals(name, request)
         except PluginError as error:
             refusals = [str(error)]
-        rows.append(KernelRow(spec.name, spec.summary, spec.rank, refusals))
+        rows.append(KernelRow(name, registry.kernels[name].summary, rank, refusals))
     return rows
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lct_core.attention import attend
-from lct_core.backbone import Backbone, ShotInput
+from lct_core.backbone import Backbone, KernelRequest, ShotInput
 from lct_core.cache import KVCache
 from lct_core.coordinates import Scheme
 from lct_core.layout import Layout, Range, Shot
@@ -86,19 +86,31 @@ def kernel_conformance(
     *,
     device: str = "cpu",
     dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16),
+    head_dim: int = 32,
     grad: bool = True,
 ) -> Iterator[Finding]:
     """Measure a kernel's outputs and gradients against the reference, over plans of every kind, grouped heads included.
 
     The plans cover several of a kernel's usual blocks of 128, and the scale is not the default one. Bounds
     are multiples of what plain eager attention with a dense mask errs in the same dtype (9: nothing degrades).
+    What the kernel refuses is left out; the findings' cases say what was measured.
+
+    Raises:
+        ValueError: for a dtype of which the kernel refuses every plan, with its reasons.
     """
     generator = torch.Generator().manual_seed(0)
     for dtype in dtypes:
+        served, reasons = 0, list[str]()
         for case, plan in _plans().items():
             for heads, kv_heads in ((4, 4), (4, 2)):
+                request = KernelRequest(plan, torch.device(device), dtype, heads, kv_heads, head_dim, grad)
+                if refusals := registry().refusals(name, request):
+                    reasons += refusals
+                    continue
+                served += 1
                 shapes = [
-                    (2, n, h, 32) for n, h in ((plan.queries, heads), (plan.keys, kv_heads), (plan.keys, kv_heads))
+                    (2, n, h, head_dim)
+                    for n, h in ((plan.queries, heads), (plan.keys, kv_heads), (plan.keys, kv_heads))
                 ]
                 inputs = [torch.randn(s, generator=generator).to(device, dtype).requires_grad_(grad) for s in shapes]
                 gradient = torch.randn(shapes[0], generator=generator).to(device, dtype)
@@ -114,6 +126,8 @@ def kernel_conformance(
                         error(g, x),
                         BOUNDS[dtype]["kernel" if what == "output" else "kernel gradients"].given(error(p, x)),
                     )
+        if not served:
+            raise ValueError(f"{name}: it refuses every plan in {_short(dtype)}: {'; '.join(dict.fromkeys(reasons))}")
 
 
 class _Case:
@@ -459,6 +473,7 @@ def _plans() -> dict[str, AttentionPlan]:
         "history with gaps": selected_history(layout, [[], [0], [1], [0, 2], []]),
         "own and global text": own_and_global_text(Layout(layout.scenes[:1])),
         "behind a history": context_causal(layout).rows(Range(layout.spans[2].start, layout.tokens)),
+        "one shot behind its history": context_causal(layout).rows(layout.spans[3]),
     }
 
 
