@@ -536,6 +536,7 @@ class BackboneSpec:
         handles: Full names of the model classes that the adapter takes, ``"package.module.Class"``.
         adapter: Where the :class:`Backbone` is, ``"package.module:Class"``.
         build: Where a function is that makes a model from keyword arguments, ``"package.module:function"``.
+        config: Arguments that make the family's usual model, where those that the class has by default do not.
         tested_with: Versions of the model's library that the adapter was tested with, for people.
         refuses: Classes that look servable and are not, by full name, with the reason.
         support: What the family's models are like: the rows of the support table.
@@ -546,6 +547,7 @@ class BackboneSpec:
     handles: tuple[str, ...]
     adapter: str
     build: str | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
     tested_with: str = ""
     refuses: Mapping[str, str] = field(default_factory=dict)
     support: tuple[Support, ...] = ()

@@ -162,48 +162,6 @@ def test_the_conformance_suite_leaves_out_what_a_kernel_refuses(monkeypatch):
         list(suite.kernel_conformance("mine", dtypes=[torch.float32]))
 
 
-def test_flex_conforms_on_a_cpu(monkeypatch):
-    # one plan, two compilations; it has several blocks: full ones, partial ones, unseen ones, and a tail
-    shots = [Shot(17, (1, 11, 13)), Shot(0, (1, 20, 15)), Shot(9, (2, 7, 9))]
-    plan = selected_history(Layout([shots]), [[], [], [0]])
-    mask = plan.block_mask()
-    assert mask.kv_num_blocks.sum() > 0
-    assert mask.full_kv_num_blocks.sum() > 0
-    assert not mask.to_dense().all()
-    monkeypatch.setattr(suite, "_plans", lambda: {"history with gaps": plan})
-    findings = list(suite.kernel_conformance("flex", dtypes=[torch.float32], grad=False))
-    assert len(findings) == 2
-    for finding in findings:
-        assert finding.holds, finding
-
-
-def test_flex_refuses_a_cpu_without_a_compiler(monkeypatch):
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    q, k, v = draw(GAPS)
-    with pytest.raises(ValueError, match=r"no C.. compiler 'no-such-compiler'"):
-        attend(q, k, v, GAPS, kernel="flex")
-
-
-def test_flex_takes_another_shape_and_scale_on_a_cpu():
-    # torch's own dynamic shapes do not compile there: another shape must be another compilation
-    for text in (0, 1):
-        plan = context_causal(Layout([[Shot(3, (1, 5, 6)), Shot(text, (2, 7, 8))]]))
-        q, k, v = draw(plan, 2, 2, 16)
-        truth = attend(q.double(), k.double(), v.double(), plan, kernel="reference", scale=0.7)
-        assert error(attend(q, k, v, plan, kernel="flex", scale=0.7), truth) <= BOUNDS[torch.float32]["kernel"].given(
-            0.0
-        )
-
-
-def test_flex_beyond_the_shapes_that_torch_compiles_raises_and_does_not_run_uncompiled():
-    q, k, v = draw(GAPS, head_dim=48)
-    with (
-        torch._dynamo.config.patch(accumulated_recompile_limit=0),
-        pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit),
-    ):
-        attend(q, k, v, GAPS, kernel="flex")
-
-
 @plans
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_the_output_is_like_q(plan, dtype):

@@ -433,7 +433,7 @@ def test_listing_imports_no_model_library_and_no_kernel(tmp_path):
     """
     (backbones, kernels), new, loaded = in_a_new_process(code, tmp_path)
     assert "mmdit" in backbones
-    assert {"sdpa", "reference", "flex"} <= set(kernels)
+    assert {"sdpa", "reference", "flex", "flash3", "triton"} <= set(kernels)
     for library in (
         "diffusers",
         "timm",
@@ -448,7 +448,7 @@ def test_listing_imports_no_model_library_and_no_kernel(tmp_path):
     assert "lct_backbones.mmdit" not in loaded
     assert "torch.nn.attention.flex_attention" not in loaded
     third_party = {name.partition(".")[0] for name in new} - set(sys.stdlib_module_names)
-    assert third_party == {"lct_backbones", "lct_plugins"}
+    assert third_party == {"lct_core", "lct_backbones", "lct_plugins"}
 
 
 def test_importing_the_library_loads_torch_einops_pluggy_and_jaxtyping_only(tmp_path):

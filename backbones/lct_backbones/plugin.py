@@ -15,6 +15,7 @@ def lct_backbones() -> list[BackboneSpec]:
             handles=("lct_backbones.mmdit.MMDiT",),
             adapter="lct_backbones.mmdit:MMDiTBackbone",
             build="lct_backbones.mmdit:MMDiT",
+            config={"channels": 16, "text_width": 4096, "width": 2048, "depth": 20, "heads": 16},  # the paper's: 3B
             support=(
                 Support(
                     models="MMDiT of any size",

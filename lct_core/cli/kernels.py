@@ -1,22 +1,43 @@
-"""``lct kernels``: the installed attention kernels, and which of them serve this machine."""
+"""``lct kernels``: which attention kernels serve a scene on this machine, and which of them ``kernel="auto"`` takes."""
 
-from typing import NamedTuple
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING, NamedTuple
 
 import click
 import torch
+from click.core import ParameterSource
+from torch import nn
 
-from lct_core.backbone import KernelRequest
+from lct_core.backbone import Backbone, BackboneSpec, KernelRequest
 from lct_core.cli import options
+from lct_core.cli.factory import call, current_folder_on_path, load, own_code
+from lct_core.cli.inspect import short
 from lct_core.cli.shots import EXAMPLE, parse_shots
-from lct_core.masks import context_causal
+from lct_core.layout import Layout, Shot
+from lct_core.masks import AttentionPlan, bidirectional, context_causal, own_and_global_text
 from lct_core.plugins import PluginError, Registry, registry
+from lct_core.script import read_script
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_USES = {
+    "bidirectional": "all shots at once",
+    "context_causal": "tuning such that no shot sees a later one",
+    "cached": "generating the last shot behind the KV cache of those before",
+    "text": "cross-attention to a shot's own prompt and the global one",
+}
+_WITH_GRADIENTS = ("context_causal", "text")  # unless asked otherwise
 
 
 class KernelRow(NamedTuple):
-    """One line of the table; ``rank`` is None for a kernel that must be asked for by name."""
+    """A kernel's answer to a request; ``rank`` is None for one that must be asked for by name."""
 
     name: str
-    summary: str
     rank: int | None
     refusals: list[str]
 
@@ -29,59 +50,311 @@ def kernel_rows(registry: Registry, request: KernelRequest) -> list[KernelRow]:
             refusals = registry.refusals(name, request)
         except PluginError as error:
             refusals = [str(error)]
-        rows.append(KernelRow(name, registry.kernels[name].summary, rank, refusals))
+        rows.append(KernelRow(name, rank, refusals))
     return rows
 
 
-def auto_choice(rows: list[KernelRow]) -> str | None:
+def auto_choice(rows: Sequence[KernelRow]) -> str | None:
     """The kernel that ``kernel="auto"`` takes; None where all refuse."""
     return next((row.name for row in rows if row.rank is not None and not row.refusals), None)
 
 
-@click.command("kernels")
-@click.option("--device", help="Where attention runs, e.g. cpu or cuda.  [default: cuda where there is one, else cpu]")
-@options.heads
-@click.option("--grad/--no-grad", default=False, show_default=True, help="Whether gradients are needed.")
-def command(device: str | None, heads: int, kv_heads: int | None, head_dim: int, dtype: str, grad: bool) -> None:
-    """List the attention kernels, and why any of them refuses.
+def scene_plans(layout: Layout, *, cross: bool) -> dict[str, AttentionPlan]:
+    """Who sees whom in every attention that LCT runs on some scenes, by the pattern's name.
 
-    They come in the order that kernel="auto" follows. They are asked about a row of three scenes, the example of "lct
-    inspect", with context-causal attention.
+    Args:
+        layout: The scenes, with their texts.
+        cross: Whether text is cross-attended, and not part of self-attention.
+
+    Raises:
+        ValueError: where text is cross-attended and a scene has no video, or a shot no text.
+    """
+    attending = layout.video_only if cross else layout
+    if cross and any(scene[-1].role == "global" for scene in layout.scenes):
+        raise ValueError("SHOT: got a scene of a global prompt alone, expected a shot after it; add one")
+    longest = max(attending.scenes, key=len)
+    alone = Layout([longest], attending.text_first)  # a cache is of one scene
+    plans = {
+        "bidirectional": bidirectional(attending),
+        "context_causal": context_causal(attending),
+        "cached": context_causal(alone).rows(alone.spans[-1]),
+    }
+    try:
+        return {**plans, "text": own_and_global_text(layout)} if cross else plans
+    except ValueError as error:
+        raise ValueError(f"SHOT: {error}") from error
+
+
+@click.command("kernels", short_help="List the attention kernels, and why any of them refuses.")
+@click.argument("shots", metavar="[SHOT ...]", nargs=-1)
+@click.option(
+    "--script",
+    type=click.Path(path_type=Path),
+    help="A script file, instead of SHOTs; with --size, --text and a model.",
+)
+@click.option("--size", metavar="FxHxW", help="Latent frames, height and width of every shot of the script.")
+@click.option("--text", type=options.COUNT, metavar="TOKENS", help="Text tokens of every prompt of the script.")
+@click.option("--backbone", metavar="NAME", help="A family of lct backbones, at its usual size.")
+@click.option(
+    "--model", metavar="MODULE:FACTORY", help="Your own: a function that returns what it does for lct tune, or less."
+)
+@click.option("--pattern", type=click.Choice([*_USES]), help="One pattern alone.  [default: all there are]")
+@click.option(
+    "--grad/--no-grad",
+    default=None,
+    help="Whether gradients are needed.  [default: in context_causal and text; never in cached]",
+)
+@options.heads
+@click.option("--device", help="Where attention runs, e.g. cpu or cuda.  [default: cuda where there is one, else cpu]")
+@click.pass_context
+def command(
+    ctx: click.Context,
+    shots: tuple[str, ...],
+    script: Path | None,
+    size: str | None,
+    text: int | None,
+    backbone: str | None,
+    model: str | None,
+    pattern: str | None,
+    grad: bool | None,
+    heads: int,
+    kv_heads: int | None,
+    head_dim: int,
+    dtype: str,
+    device: str | None,
+) -> None:
+    """List the attention kernels: which one kernel="auto" takes for a scene, which others serve it, why any refuses.
+
+    A SHOT is written as for lct inspect, in tokens; without one, that command's example is taken. A backbone or model
+    says how many heads there are, unless --heads, --kv-heads or --head-dim do, and where its text goes.
 
     \b
-    Example:
-      lct kernels --dtype float32 --grad
+    Examples:
+      lct kernels --dtype float32
+      lct kernels global:20:1x6x6 12:4x6x6 8:2x6x6 --backbone hunyuan_video
+      lct kernels --script script.txt --size 21x60x104 --text 512 --backbone wan
     """
-    from rich import box
     from rich.console import Console
+
+    with own_code(model):
+        adapter = _adapter(backbone, model)
+        cross = adapter is not None and adapter.traits.text == "cross"
+        if script is None:
+            _refuse({"--size": size, "--text": text}, "without --script", "give SHOTs, in tokens")
+            layout = parse_shots(shots or EXAMPLE, text_first=adapter is None or adapter.traits.text_first)
+        else:
+            _refuse({"SHOT": " ".join(shots) or None}, "beside --script", "leave one of the two out")
+            layout = _script_layout(script, size, text, adapter)
+        if adapter is not None:
+            layout = _as_of(
+                adapter, layout, given="SHOT" if shots else "SHOT (the example)" if script is None else None
+            )
+            heads, kv_heads, head_dim = _heads(ctx, adapter)
+    plans = scene_plans(layout, cross=cross)
+    patterns = [pattern] if pattern else [*plans]
+    if pattern == "text" and not cross:
+        raise ValueError("--pattern: got text, but text is part of self-attention here; expected another, or none")
+    if pattern == "cached" and grad:
+        raise ValueError("--grad: got it with --pattern cached, but a KV cache has no gradients; leave it out")
+    requests = {
+        name: KernelRequest(
+            plan=plans[name],
+            device=_device(device),
+            dtype=options.DTYPES[dtype],
+            heads=heads,
+            kv_heads=options.check_kv_heads(heads, kv_heads),
+            head_dim=head_dim,
+            grad=name != "cached" and (name in _WITH_GRADIENTS if grad is None else grad),
+        )
+        for name in patterns
+    }
+    answers = {name: kernel_rows(registry(), request) for name, request in requests.items()}
+    console = Console(highlight=False, markup=False, emoji=False)  # a reason may name an extra: lct-core[xformers]
+    console.print(_scene(layout, requests[patterns[0]], adapter), _plan_table(requests, answers), sep="\n")
+    console.print(_lines({f"{name}:": _USES[name] for name in patterns}), _kernel_table(answers), sep="\n")
+    if reasons := _reasons(answers):
+        console.print(_lines({str(number): reason for reason, number in reasons.items()}), "", sep="\n")
+    console.print(_lines({name: registry().kernels[name].summary for name in _by_kernel(answers)}))
+
+
+def _refuse(given: Mapping[str, object | None], where: str, fix: str) -> None:
+    for option, value in given.items():
+        if value is not None:
+            raise ValueError(f"{option}: got {value} {where}; {fix}")
+
+
+def _adapter(backbone: str | None, model: str | None) -> Backbone | None:
+    """The adapter of a named family, of the user's own model, or none."""
+    if backbone is not None:
+        _refuse({"--model": model}, "beside --backbone", "leave one of the two out")
+        if backbone not in registry().backbones:
+            raise ValueError(f"--backbone: got {backbone!r}, expected one of {', '.join(registry().backbones)}")
+        return _default(registry().backbones[backbone])
+    return None if model is None else _own(model)
+
+
+def _default(spec: BackboneSpec) -> Backbone:
+    """The adapter of a family's first model class, at its usual size; no weights."""
+    module, _, name = spec.handles[0].rpartition(".")
+    try:
+        with torch.device("meta"):
+            made = resolve_name(spec.build or f"{module}:{name}")(**spec.config)
+        return registry().adapter(made, spec.name)
+    except ImportError as error:
+        library = spec.tested_with or module.partition(".")[0]
+        raise ValueError(f"--backbone: {spec.name} needs its library ({library}): {error}; install it") from error
+    except Exception as error:  # whatever a library does with a size of its own
+        raise ValueError(
+            f"--backbone: {spec.name}'s default {name} cannot be had ({type(error).__name__}: {error}); expected one "
+            "that can; make the model that you want with --model MODULE:FACTORY"
+        ) from error
+
+
+def _own(name: str) -> Backbone:
+    with current_folder_on_path():
+        made = call(load(name), name)
+    first = made[0] if isinstance(made, tuple) and made else made
+    if not isinstance(first, nn.Module | Backbone):
+        raise ValueError(
+            f"--model: {name}() returned a {type(made).__name__}, expected a model (nn.Module) or an adapter "
+            "(lct_core.Backbone), or one of them and a codec"
+        )
+    return first if isinstance(first, Backbone) else registry().adapter(first)
+
+
+def _script_layout(script: Path, size: str | None, text: int | None, adapter: Backbone | None) -> Layout:
+    """The scene of a script, every shot of one size."""
+    if adapter is None:
+        raise ValueError("--script: got no model, expected --backbone or --model: it says what makes a token")
+    if size is None or text is None:
+        missing = " and ".join(name for name, value in (("--size", size), ("--text", text)) if value is None)
+        raise ValueError(f"--script: got it without {missing}, expected both, like --size 21x60x104 --text 512")
+    patch = adapter.traits.patch
+    match = re.fullmatch(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})x([1-9][0-9]{0,4})", size)
+    if match is None or any(int(n) % p for n, p in zip(match.groups(), patch, strict=True)):
+        raise ValueError(
+            f"--size: got {size!r}, expected latent frames, height and width below 100,000, multiples of the patch "
+            f"{patch}, like 21x60x104"
+        )
+    frames, height, width = (int(n) // p for n, p in zip(match.groups(), patch, strict=True))
+    read = read_script(script)
+    prompt = [Shot(text, (1, height, width), "global")] if read.global_prompt() else []
+    return Layout([[*prompt, *(Shot(text, (frames, height, width)) for _ in read.shots)]], adapter.traits.text_first)
+
+
+def _as_of(adapter: Backbone, layout: Layout, *, given: str | None) -> Layout:
+    """The same shots as a model takes them; refused where it takes none such. ``given`` is None for a script's."""
+    traits, model = adapter.traits, type(adapter.model).__name__
+    least, most = traits.text_tokens
+    for shot in layout.shots:
+        if shot.text < least or (most is not None and shot.text > most):
+            wanted = f"{least}" if most == least else f"{least} or more" if most is None else f"{least} to {most}"
+            raise ValueError(
+                f"{given or '--text'}: got {shot.text} text tokens, expected {wanted}, as {model} takes them"
+            )
+        small = Shot(shot.text and 1, (shot.grid[0], 1, 1))
+        example = adapter.example(small, batch=1, generator=torch.Generator(), dtype=torch.float32)
+        frames = example.latents.shape[2] // traits.patch[0]
+        if frames != shot.grid[0]:
+            raise ValueError(
+                f"{given or '--size'}: got {shot.grid[0]} frames, expected {frames}, as {model} takes them"
+            )
+    if traits.text == "joint":
+        return layout
+    scenes = [[replace(s, grid=(0, 0, 0)) if s.role == "global" else s for s in scene] for scene in layout.scenes]
+    return Layout(scenes, layout.text_first)  # there, a global prompt has no video
+
+
+def _heads(ctx: click.Context, adapter: Backbone) -> tuple[int, int, int]:
+    """Query heads, key and value heads, channels of a head: as on the command line, else the model's."""
+    traits, given = adapter.traits, ctx.params
+    told = {x for x in ("heads", "kv_heads", "head_dim") if ctx.get_parameter_source(x) is not ParameterSource.DEFAULT}
+    heads = given["heads"] if "heads" in told else traits.heads
+    kv_heads = given["kv_heads"] if "kv_heads" in told else heads if "heads" in told else traits.kv_heads
+    return heads, kv_heads, given["head_dim"] if "head_dim" in told else traits.head_dim
+
+
+def _scene(layout: Layout, request: KernelRequest, adapter: Backbone | None) -> str:
+    """What was asked about."""
+    shots = sum(shot.role == "shot" for shot in layout.shots)
+    counts = {
+        "scene": len(layout.scenes),
+        "shot": shots,
+        "global prompt": layout.num_shots - shots,
+        "video token": sum(shot.video for shot in layout.shots),
+        "text token": sum(shot.text for shot in layout.shots),
+    }
+    words = ", ".join(f"{count:,} {word}{'s' if count > 1 else ''}" for word, count in counts.items() if count)
+    where = str(request.device) + (f" ({request.hardware})" if request.hardware != request.device.type else "")
+    dtype = str(request.dtype).removeprefix("torch.")
+    heads = f"{request.heads} query heads and {request.kv_heads} key-value heads of {request.head_dim}"
+    if adapter is not None:
+        words += f"\n{type(adapter.model).__name__}, text in {adapter.traits.text} attention"
+    return f"{words}\n{dtype} on {where}, {heads}"
+
+
+def _plan_table(requests: Mapping[str, KernelRequest], answers: Mapping[str, Sequence[KernelRow]]) -> "Table":
+    table = _table("pattern", "grad", "queries", "keys", "pairs", "form", "auto")
+    for column in table.columns[2:5]:
+        column.justify = "right"
+    for name, request in requests.items():
+        plan = request.plan
+        numbers = f"{plan.queries:,}", f"{plan.keys:,}", short(plan.pairs)
+        grad = "yes" if request.grad else "no"
+        table.add_row(name, grad, *numbers, plan.form, auto_choice(answers[name]) or "none: all refuse")
+    return table
+
+
+def _kernel_table(answers: Mapping[str, Sequence[KernelRow]]) -> "Table":
+    reasons = _reasons(answers)
+    choices = [auto_choice(rows) for rows in answers.values()]
+    table = _table("kernel", *answers)
+    for name, rows in _by_kernel(answers).items():
+        cells = []
+        for row, choice in zip(rows, choices, strict=True):
+            if row.refusals:
+                cells.append("refused: " + ", ".join(str(reasons[reason]) for reason in row.refusals))
+            elif row.rank is None:
+                cells.append("by name")
+            else:
+                cells.append("auto" if name == choice else "available")
+        table.add_row(name, *cells)
+    return table
+
+
+def _by_kernel(answers: Mapping[str, Sequence[KernelRow]]) -> dict[str, list[KernelRow]]:
+    """The answers of every kernel, in the order of the first pattern."""
+    names = [row.name for row in next(iter(answers.values()))]
+    return {name: [row for rows in answers.values() for row in rows if row.name == name] for name in names}
+
+
+def _reasons(answers: Mapping[str, Sequence[KernelRow]]) -> dict[str, int]:
+    """Every reason once, numbered from 1 down the table."""
+    rows = (row for of_kernel in _by_kernel(answers).values() for row in of_kernel)
+    reasons = dict.fromkeys(reason for row in rows for reason in row.refusals)
+    return {reason: number for number, reason in enumerate(reasons, start=1)}
+
+
+def _table(first: str, *others: str) -> "Table":
+    from rich import box
     from rich.table import Table
 
-    request = KernelRequest(
-        plan=context_causal(parse_shots(EXAMPLE)),
-        device=_device(device),
-        dtype=options.DTYPES[dtype],
-        heads=heads,
-        kv_heads=options.check_kv_heads(heads, kv_heads),
-        head_dim=head_dim,
-        grad=grad,
-    )
-    rows = kernel_rows(registry(), request)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("name", no_wrap=True)
-    table.add_column("rank", no_wrap=True)
-    table.add_column("here")
-    table.add_column("what it is")
-    for row in rows:
-        here = "refused:\n" + "\n".join(row.refusals) if row.refusals else "available"
-        table.add_row(row.name, "by name" if row.rank is None else str(row.rank), here, row.summary)
-    console = Console(highlight=False)
-    console.print(
-        f"{dtype} on {request.device}, {heads} query heads and {request.kv_heads} key-value heads of {head_dim}, "
-        f"{'with' if grad else 'without'} gradients"
-    )
-    console.print(table)
-    choice = auto_choice(rows)
-    console.print('kernel="auto" takes ' + (choice or "none of them: each refuses"))
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column(first, no_wrap=True)
+    for name in others:
+        table.add_column(name)
+    return table
+
+
+def _lines(words: Mapping[str, str]) -> "Table":
+    """Words behind their names, side by side and without a heading."""
+    from rich.table import Table
+
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    for name, said in words.items():
+        table.add_row(name, said)
+    return table
 
 
 def _device(name: str | None) -> torch.device:

@@ -1,0 +1,724 @@
+"""The flash-attention family: its lowering on a readable provider, then what each library is called with."""
+
+import ctypes
+import importlib
+import math
+import sys
+import types
+from contextlib import contextmanager
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.library import Library
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lct_core import attention
+from lct_core.attention import reference
+from lct_core.backbone import KernelRequest, KernelSpec
+from lct_core.layout import Layout, Range, Shot
+from lct_core.masks import (
+    AttentionPlan,
+    Segment,
+    bidirectional,
+    context_causal,
+    own_and_global_text,
+    own_shot,
+    selected_history,
+)
+from lct_core.plugins import Registry, hookimpl
+from lct_core.testing import conformance as suite
+from lct_core.testing.strategies import layouts
+from lct_core.testing.tolerances import BOUNDS, error
+from lct_plugins import flash, varlen, varlen_naive
+from lct_plugins.varlen import Provider
+
+SHOTS = [Shot(3, (1, 2, 2)), Shot(0, (2, 3, 3)), Shot(5, (1, 1, 1)), Shot(1, (1, 4, 3))]
+SCENES = Layout([SHOTS, [Shot(2, (1, 3, 3)), Shot(0, (1, 1, 1))]])
+GAPS = selected_history(SCENES, [[], [0], [0], [0, 2], [], []])
+CAUSAL = context_causal(SCENES)
+PLANS = {
+    "one scene": bidirectional(Layout([SHOTS])),
+    "two scenes": bidirectional(SCENES),
+    "single shots": own_shot(SCENES),
+    "context-causal": CAUSAL,
+    "history with gaps": GAPS,
+    "the last shot behind its history": CAUSAL.rows(Range(30, 43)),
+    "the last shot behind some of its history": GAPS.rows(Range(30, 43)),
+    "keys that nobody sees": AttentionPlan(5, 40, (Segment(Range(0, 5), (Range(7, 30),)),)),
+    "packed keys out of order": AttentionPlan(
+        9, 20, (Segment(Range(0, 4), (Range(11, 18),)), Segment(Range(4, 9), (Range(2, 9),)))
+    ),
+    "cross-attention": own_and_global_text(
+        Layout([[Shot(3, (1, 1, 2), role="global"), Shot(2, (1, 2, 2)), Shot(1, (1, 1, 3))]])
+    ),
+}
+plans = pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS.keys())
+schedules = pytest.mark.parametrize("schedule", ["by_segment", "log_depth"])
+
+
+def forget():
+    varlen._one_launch.cache_clear()
+    varlen._schedule.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def _no_tables_of_other_tests():
+    forget()
+    yield
+    forget()
+
+
+@contextmanager
+def scheduled(name):
+    """Run every backward pass in the rounds for long shots, or in those for short ones."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(varlen, "_LONG_SHOT", {"by_segment": 0, "log_depth": math.inf}[name])
+        forget()
+        yield
+    forget()
+
+
+class Recorder:
+    """The readable provider, and what it was called with."""
+
+    def __init__(self):
+        self.forwards, self.backwards, self.shares = [], [], []
+        self.provider = Provider(self.forward, self.backward)
+
+    def forward(self, *args):
+        self.forwards.append(args)
+        return varlen_naive.forward(*args)
+
+    def backward(self, *args):
+        self.backwards.append(args)
+        self.shares.append(varlen_naive.backward(*args))
+        return self.shares[-1]
+
+
+def draw(plan, heads=4, kv_heads=2, head_dim=8, *, batch=2, dtype=torch.float64, device="cpu", seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        torch.randn(batch, n, h, head_dim, generator=generator, dtype=torch.float64).to(device, dtype).requires_grad_()
+        for n, h in ((plan.queries, heads), (plan.keys, kv_heads), (plan.keys, kv_heads))
+    ]
+
+
+def run(kernel, tensors, plan, scale=0.4):
+    """The output, and the gradients of those tensors that require one."""
+    out = kernel(*tensors, plan, scale)
+    gradient = torch.randn(out.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    return [out, *torch.autograd.grad(out, [x for x in tensors if x.requires_grad], gradient.to(out))]
+
+
+def naive(recorder=None):
+    return partial(varlen.attention, provider=recorder.provider if recorder else varlen_naive.PROVIDER)
+
+
+def check(kernel, tensors, plan, atol=1e-12):
+    for got, expected in zip(run(kernel, tensors, plan), run(reference, tensors, plan), strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=atol)
+
+
+# the lowering against the definition
+
+
+def test_the_plans_are_of_every_form():
+    assert {plan.form for plan in PLANS.values()} == {"dense", "packed", "overlapping", "gathered"}
+
+
+@plans
+@schedules
+@pytest.mark.parametrize("heads", [(2, 2), (4, 2), (3, 1)])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_it_is_the_definition(plan, schedule, heads, batch):
+    with scheduled(schedule):
+        check(naive(), draw(plan, *heads, batch=batch), plan)
+
+
+@given(st.data())
+def test_it_is_the_definition_on_any_layout(data):
+    layout = data.draw(layouts(max_shots=6, max_text=2, max_grid=(1, 2, 2)))
+    history = [
+        data.draw(st.sets(st.sampled_from(range(scene.start, shot)))) if shot > scene.start else ()
+        for scene in layout.scene_shots
+        for shot in scene
+    ]
+    pattern = data.draw(
+        st.sampled_from([bidirectional, own_shot, context_causal, partial(selected_history, history=history)])
+    )
+    plan = pattern(layout)
+    start = data.draw(st.integers(0, plan.queries - 1))
+    plan = data.draw(st.sampled_from([plan, plan.rows(Range(start, plan.queries))]))
+    with scheduled(data.draw(st.sampled_from(["by_segment", "log_depth"]))):
+        check(naive(), draw(plan, batch=data.draw(st.integers(1, 2)), head_dim=2), plan)
+
+
+@pytest.fixture
+def conforms(monkeypatch):
+    """Run the conformance suite on a kernel that may not be announced."""
+
+    def run(spec, **options):
+        class Plugin:
+            @hookimpl
+            def lct_kernels(self):
+                return [spec]
+
+        own = Registry()
+        own.register(Plugin(), name="test")
+        for module in (attention, suite):
+            monkeypatch.setattr(module, "registry", lambda: own)
+        for finding in suite.kernel_conformance(spec.name, **options):
+            assert finding.holds, finding
+
+    return run
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@schedules
+def test_it_errs_no_more_than_a_kernel_may(dtype, schedule, conforms):
+    with scheduled(schedule):
+        conforms(KernelSpec(name="naive", summary="", load=naive, refusals=lambda request: []), dtypes=[dtype])
+
+
+@plans
+@pytest.mark.parametrize("needed", range(1, 7))
+def test_gradients_of_some_inputs_alone(plan, needed):
+    tensors = [x.requires_grad_(bool(needed >> i & 1)) for i, x in enumerate(draw(plan))]
+    check(naive(), tensors, plan)
+
+
+def test_without_gradients():
+    q, k, v = (x.detach() for x in draw(GAPS))
+    out = naive()(q, k, v, GAPS, 0.4)
+    assert not out.requires_grad
+    torch.testing.assert_close(out, reference(q, k, v, GAPS, 0.4), rtol=0, atol=1e-12)
+
+
+@plans
+def test_inputs_and_gradients_may_be_strided(plan):
+    q, k, v = draw(plan, 2, 2)
+    fused = torch.cat([k, v, k], dim=2)  # k and v of one projection: views of it
+    parts = fused.detach().requires_grad_().unflatten(2, (3, 2)).unbind(2)[:2]
+    across = q.detach().transpose(1, 3).contiguous().transpose(1, 3).requires_grad_()
+    assert across.stride(-1) != 1
+    out = naive()(across, *parts, plan, 0.4)
+    expected = reference(across, *parts, plan, 0.4)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
+    got = torch.autograd.grad(out.sum(), [across, *parts])  # a gradient of stride 0
+    wanted = torch.autograd.grad(expected.sum(), [across, *parts])
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+# what it costs
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("shots", [*range(1, 10), 16, 17, 20])
+def test_a_context_causal_scene_is_one_launch_forward_and_logarithmically_many_backward(shots, batch):
+    plan = context_causal(Layout([[Shot(1, (1, 1, 1 + i % 3)) for i in range(shots)]]))
+    for schedule, launches in (("log_depth", 1 + math.ceil(math.log2(shots))), ("by_segment", shots)):
+        recorder = Recorder()
+        with scheduled(schedule):
+            run(naive(recorder), draw(plan, head_dim=2, batch=batch), plan)
+        assert (len(recorder.forwards), len(recorder.backwards)) == (1, launches)
+
+
+@pytest.mark.parametrize("tokens", [4095, 4096])
+def test_long_shots_are_launched_one_by_one(tokens):
+    plan = context_causal(Layout([[Shot(0, (1, 1, tokens))] * 8]))
+    assert len(varlen._schedule(plan, 1, torch.device("cpu")).launches) == (8 if tokens == 4096 else 4)
+
+
+def test_dense_calls_see_the_cache_itself():
+    plan = PLANS["keys that nobody sees"]
+    q, k, v = draw(plan)
+    recorder = Recorder()
+    run(naive(recorder), (q, k, v), plan)
+    for call, at in ((recorder.forwards[0], 1), (recorder.backwards[0], 2)):
+        assert call[at].data_ptr() == k[:, 7].data_ptr()
+        assert call[at].shape == (2, 23, 2, 8)
+        assert call[at + 1].data_ptr() == v[:, 7].data_ptr()
+    assert recorder.shares[0][1].shape == (2, 23, 2, 8)
+
+
+def test_packed_calls_copy_nothing():
+    q, *_ = draw(CAUSAL, batch=1)
+    k, v = torch.randn(1, CAUSAL.keys, 2, 2, 8, dtype=torch.float64).requires_grad_().unbind(2)
+    recorder = Recorder()
+    run(naive(recorder), (q, k, v), CAUSAL)
+    assert [x.data_ptr() for x in recorder.forwards[0][:3]] == [x.data_ptr() for x in (q, k, v)]
+    assert {x.untyped_storage().data_ptr() for _, a, b, c, *_ in recorder.backwards for x in (a, b, c)} == {
+        x.untyped_storage().data_ptr() for x in (q, k)
+    }
+
+
+def test_a_packed_row_is_one_launch_both_ways_whose_gradients_are_taken_as_they_are():
+    recorder = Recorder()
+    _, *gradients = run(naive(recorder), draw(PLANS["two scenes"]), PLANS["two scenes"])
+    assert (len(recorder.forwards), len(recorder.backwards)) == (1, 1)
+    assert [x.data_ptr() for x in gradients] == [x.data_ptr() for x in recorder.shares[0]]
+
+
+def test_tables_are_made_once_for_a_plan():
+    for _ in range(3):
+        run(naive(), draw(GAPS), GAPS)
+    assert varlen._one_launch.cache_info().misses == varlen._schedule.cache_info().misses == 1
+
+
+# backward
+
+
+@schedules
+def test_shares_are_added_up_in_float32_and_rounded_once(schedule):
+    plan = context_causal(Layout([[Shot(0, (1, 1, 3))] * 20]))
+    tensors, recorder = draw(plan, dtype=torch.bfloat16, batch=1), Recorder()
+    with scheduled(schedule):
+        gradients = run(naive(recorder), tensors, plan)[1:]
+        launches = varlen._schedule(plan, 1, torch.device("cpu")).launches
+    for i, axis in enumerate((0, 1, 1)):
+        expected = torch.zeros(gradients[i].shape)
+        for shares, launch in zip(recorder.shares, launches, strict=True):
+            share = shares[i].view(-1, *shares[i].shape[-2:])
+            start = (launch.queries, launch.keys)[axis].start
+            for rectangle in launch.rectangles:
+                r = rectangle[axis]
+                expected[0, r.slice] += share[r.start - start : r.stop - start]
+        assert torch.equal(gradients[i], expected.bfloat16())
+
+
+@pytest.mark.parametrize(
+    ("plan", "schedule", "wide"),
+    [
+        ("context-causal", "log_depth", [True, True, True]),
+        ("context-causal", "by_segment", [False, True, True]),  # a shot's queries are in one rectangle
+        ("history with gaps", "by_segment", [True, True, True]),
+        ("keys that nobody sees", "log_depth", [False, False, False]),
+        ("packed keys out of order", "by_segment", [False, False, False]),
+        ("two scenes", "log_depth", []),
+    ],
+)
+def test_there_is_a_float32_buffer_only_where_shares_meet(plan, schedule, wide):
+    made = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten.new_zeros.default:
+                made.append(kwargs["dtype"] == torch.float32)
+            return function(*args, **kwargs or {})
+
+    out = naive()(*draw(PLANS[plan], dtype=torch.bfloat16), PLANS[plan], 0.4)
+    with scheduled(schedule), Watch():
+        out.sum().backward()
+    assert made == wide
+
+
+def test_what_a_launch_leaves_in_its_gaps_does_not_matter():
+    recorder = Recorder()
+    with scheduled("log_depth"):
+        _, *gradients = run(naive(recorder), draw(CAUSAL), CAUSAL)
+    assert any(share.isnan().any() for shares in recorder.shares for share in shares)
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+def test_overlapping_sequences_would_be_wrong_backward():
+    # why there are rectangles: gradients of keys are stored, by the last sequence that sees them
+    q, k, v = draw(CAUSAL, batch=1)
+    _, _, dk, _ = run(reference, (q, k, v), CAUSAL)
+    _, sequences = varlen._one_launch(CAUSAL, 1, q.device)
+    q, k, v = (x.detach()[0] for x in (q, k, v))
+    out, lse = varlen_naive.forward(q, k, v, sequences, 0.4)
+    dout = torch.randn(out[None].shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)[0]
+    _, stored, _ = varlen_naive.backward(dout, q, k, v, out, lse, sequences, 0.4)
+    last = SCENES.spans[3].slice  # no other shot sees the last one's keys
+    torch.testing.assert_close(stored[last], dk[0, last], rtol=0, atol=1e-12)
+    assert (stored[:7] - dk[0, :7]).abs().max() > 0.1
+
+
+# what the libraries are called with, their operators and functions played by the readable provider
+
+FWD3 = (
+    "fwd(Tensor q, Tensor k, Tensor v, Tensor(k_new!)? k_new=None, Tensor(v_new!)? v_new=None, Tensor? q_v=None, "
+    "Tensor(out!)? out=None, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, Tensor? cu_seqlens_k_new=None, "
+    "Tensor? seqused_q=None, Tensor? seqused_k=None, int? max_seqlen_q=None, int? max_seqlen_k=None, "
+    "Tensor? page_table=None, Tensor? kv_batch_idx=None, Tensor? leftpad_k=None, Tensor? rotary_cos=None, "
+    "Tensor? rotary_sin=None, Tensor? seqlens_rotary=None, Tensor? q_descale=None, Tensor? k_descale=None, "
+    "Tensor? v_descale=None, float? softmax_scale=None, bool is_causal=False, int window_size_left=-1, "
+    "int window_size_right=-1, int attention_chunk=0, float softcap=0., bool is_rotary_interleaved=False, "
+    "Tensor? scheduler_metadata=None, int num_splits=0, bool? pack_gqa=None, int sm_margin=0) "
+    "-> (Tensor(out!), Tensor, Tensor, Tensor)"
+)
+BWD3 = (
+    "bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, Tensor(dq!)? dq=None, "
+    "Tensor(dk!)? dk=None, Tensor(dv!)? dv=None, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, "
+    "Tensor? seqused_q=None, Tensor? seqused_k=None, int? max_seqlen_q=None, int? max_seqlen_k=None, "
+    "float? softmax_scale=None, bool is_causal=False, int window_size_left=-1, int window_size_right=-1, "
+    "float softcap=0., bool deterministic=False, int sm_margin=0) -> "
+)
+RETURNS3 = {
+    "xformers 0.0.34": "(Tensor(dq!), Tensor(dk!), Tensor(dv!), Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "flash-attention since 2025-11": "(Tensor, Tensor, Tensor, Tensor, Tensor)",
+}
+USED3 = {
+    *("dout", "q", "k", "v", "out", "softmax_lse", "dq", "dk", "dv", "cu_seqlens_q", "cu_seqlens_k", "seqused_k"),
+    *("max_seqlen_q", "max_seqlen_k", "softmax_scale", "num_splits", "deterministic"),
+}
+
+
+def played(sequences):
+    """Sequences as a library got them, or None for a dense call."""
+    return None if sequences[0] is None else varlen.Sequences(*sequences)
+
+
+@pytest.fixture(params=RETURNS3)
+def flash3(request):
+    """FA3's operators on a CPU, as two builds declare them; yields the numbers of splits that were asked for."""
+    splits = []
+
+    def given(operator, args):
+        """The arguments by name; those that are not looked at must be the defaults."""
+        declared = getattr(torch.ops.flash_attn_3, operator).default._schema.arguments
+        values = {x.name: x.default_value for x in declared} | dict(zip([x.name for x in declared], args, strict=False))
+        assert all(values[x.name] == x.default_value for x in declared if x.name not in USED3)
+        where = "cu_seqlens_q", "cu_seqlens_k", "seqused_k", "max_seqlen_q", "max_seqlen_k"
+        return types.SimpleNamespace(**values), played([values[name] for name in where])
+
+    def fwd(*args):
+        x, sequences = given("fwd", args)
+        splits.append(x.num_splits)
+        out, lse = varlen_naive.forward(x.q, x.k, x.v, sequences, x.softmax_scale)
+        return out, lse, out.new_empty(0), out.new_empty(0)
+
+    def bwd(*args):
+        x, sequences = given("bwd", args)
+        assert x.deterministic == torch.are_deterministic_algorithms_enabled()
+        assert x.seqused_k is None
+        shares = varlen_naive.backward(x.dout, x.q, x.k, x.v, x.out, x.softmax_lse, sequences, x.softmax_scale)
+        for gradient, share in zip((x.dq, x.dk, x.dv), shares, strict=True):
+            gradient.copy_(share)
+        more = len(torch.ops.flash_attn_3.bwd.default._schema.returns) - 5
+        return *(x.dq, x.dk, x.dv)[:more], *(share.new_empty(0) for _ in range(5))
+
+    library = Library("flash_attn_3", "FRAGMENT")
+    if not flash._has_flash3():
+        library.define(FWD3)
+        library.define(BWD3 + RETURNS3[request.param])
+    library.impl("fwd", fwd, "CPU")
+    library.impl("bwd", bwd, "CPU")
+    yield splits
+    library._destroy()
+
+
+@pytest.fixture
+def flash2(monkeypatch):
+    """The functions of flash-attn 2.8.3 that are called, with their signatures."""
+    module = types.ModuleType("flash_attn.flash_attn_interface")
+
+    def _flash_attn_forward(
+        q, k, v, dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes,
+        return_softmax,
+    ):  # fmt: skip
+        options = dropout_p, causal, window_size_left, window_size_right, softcap, alibi_slopes, return_softmax
+        assert options == (0.0, False, -1, -1, 0.0, None, False)
+        return *varlen_naive.forward(q, k, v, None, softmax_scale), None, None
+
+    def _flash_attn_varlen_forward(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal,
+        window_size_left=-1, window_size_right=-1, softcap=0.0, alibi_slopes=None, return_softmax=False,
+        block_table=None, leftpad_k=None, seqused_k=None, zero_tensors=False,
+    ):  # fmt: skip
+        options = dropout_p, causal, window_size_left, window_size_right, softcap, alibi_slopes, return_softmax
+        assert options == (0.0, False, -1, -1, 0.0, None, False)
+        sequences = varlen.Sequences(cu_seqlens_q, cu_seqlens_k, seqused_k, max_seqlen_q, max_seqlen_k)
+        return *varlen_naive.forward(q, k, v, sequences, softmax_scale), None, None
+
+    def _flash_attn_backward(
+        dout, q, k, v, out, softmax_lse, dq, dk, dv, dropout_p, softmax_scale, causal, window_size_left,
+        window_size_right, softcap, alibi_slopes, deterministic, rng_state=None,
+    ):  # fmt: skip
+        options = dropout_p, causal, window_size_left, window_size_right, softcap, alibi_slopes, deterministic
+        assert options == (0.0, False, -1, -1, 0.0, None, torch.are_deterministic_algorithms_enabled())
+        shares = varlen_naive.backward(dout, q, k, v, out, softmax_lse, None, softmax_scale)
+        for gradient, share in zip((dq, dk, dv), shares, strict=True):
+            gradient.copy_(share)
+
+    def _flash_attn_varlen_backward(
+        dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+        dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes, deterministic,
+        rng_state=None, zero_tensors=False,
+    ):  # fmt: skip
+        options = dropout_p, causal, window_size_left, window_size_right, softcap, alibi_slopes, deterministic
+        assert options == (0.0, False, -1, -1, 0.0, None, torch.are_deterministic_algorithms_enabled())
+        sequences = varlen.Sequences(cu_seqlens_q, cu_seqlens_k, None, max_seqlen_q, max_seqlen_k)
+        shares = varlen_naive.backward(dout, q, k, v, out, softmax_lse, sequences, softmax_scale)
+        for gradient, share in zip((dq, dk, dv), shares, strict=True):
+            gradient.copy_(share)
+
+    for function in (
+        _flash_attn_forward,
+        _flash_attn_varlen_forward,
+        _flash_attn_backward,
+        _flash_attn_varlen_backward,
+    ):
+        setattr(module, function.__name__, function)
+    monkeypatch.setitem(sys.modules, "flash_attn", types.ModuleType("flash_attn"))
+    monkeypatch.setitem(sys.modules, "flash_attn.flash_attn_interface", module)
+    monkeypatch.setattr(flash.metadata, "version", lambda name: "2.8.3.post1")
+
+
+@pytest.fixture
+def flash_torch():
+    """Torch's own operators, which have no CPU implementation."""
+
+    def forward(q, k, v, cu_q, cu_k, max_q, max_k, dropout_p, is_causal, debug, *, scale, seqused_k=None):
+        assert (dropout_p, is_causal, debug) == (0.0, False, False)
+        sequences = played([cu_q, cu_k, seqused_k, max_q, max_k])
+        return *varlen_naive.forward(q, k, v, sequences, scale), *(q.new_empty(0) for _ in range(3))
+
+    def backward(
+        dout, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, dropout_p, is_causal, rng_state, unused, *, scale
+    ):  # fmt: skip
+        assert (dropout_p, is_causal) == (0.0, False)
+        return varlen_naive.backward(
+            dout, q, k, v, out, lse, played([cu_q, cu_k, None, max_q, max_k]), scale
+        )  # fmt: skip
+
+    library = Library("aten", "IMPL", "CPU")
+    library.impl("_flash_attention_forward", forward)
+    library.impl("_flash_attention_backward", backward)
+    yield
+    library._destroy()
+
+
+@plans
+def test_flash3_is_called_by_its_schema(plan, flash3):
+    check(flash.FLASH3.load(), draw(plan), plan)
+
+
+@plans
+def test_flash2_is_called_by_its_signatures(plan, flash2):
+    check(flash.FLASH2.load(), draw(plan), plan)
+
+
+@plans
+def test_flash_torch_is_called_by_its_schema(plan, flash_torch):
+    check(flash.FLASH_TORCH.load(), draw(plan), plan)
+
+
+def test_deterministic_gradients_are_asked_for(flash3, flash2):
+    torch.use_deterministic_algorithms(True)
+    try:
+        for plan in PLANS.values():
+            check(flash.FLASH3.load(), draw(plan), plan)
+            check(flash.FLASH2.load(), draw(plan), plan)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize(
+    ("queries", "heads", "segments", "splits"),
+    [(1280, 26, 1, 0), (1281, 24, 1, 1), (1408, 24, 1, 1), (1280, 27, 1, 1), (64, 2, 2, 1)],
+)
+def test_flash3_may_split_the_keys_of_few_queries_alone(queries, heads, segments, splits, flash3):
+    parts = [Range(i * queries // segments, (i + 1) * queries // segments) for i in range(segments)]
+    plan = AttentionPlan(queries, segments, tuple(Segment(q, (Range(i, i + 1),)) for i, q in enumerate(parts)))
+    with torch.no_grad():
+        flash.FLASH3.load()(*draw(plan, heads, 1, 2, batch=1, dtype=torch.float32), plan, 1.0)
+    assert flash3 == [splits]
+
+
+@plans
+@schedules
+def test_flash_torch_never_waits_for_the_device(plan, schedule):
+    # torch's own operators as they are, on tensors without values: to read one would raise
+    with scheduled(schedule):
+        tensors = [
+            torch.empty(2, n, h, 64, dtype=torch.bfloat16, device="meta", requires_grad=True)
+            for n, h in ((plan.queries, 4), (plan.keys, 2), (plan.keys, 2))
+        ]
+        out = flash.FLASH_TORCH.load()(*tensors, plan, 0.125)
+        gradients = torch.autograd.grad(out, tensors, torch.empty_like(out))
+    for got, like in zip((out, *gradients), (tensors[0], *tensors), strict=True):
+        assert (got.shape, got.dtype, got.device) == (like.shape, like.dtype, like.device)
+
+
+# refusals
+
+
+@pytest.fixture
+def on(monkeypatch):
+    """Ask for a kernel's refusals on some hardware."""
+
+    def refusals(spec, hardware, head_dim=128, dtype=torch.bfloat16, grad=True):
+        monkeypatch.setattr("lct_core.backbone._hardware", lambda device: hardware)
+        return spec.refusals(KernelRequest(CAUSAL, torch.device("cuda", 0), dtype, 4, 2, head_dim, grad))
+
+    return refusals
+
+
+@pytest.mark.parametrize("head_dim", [8, 64, 128, 256])
+def test_they_serve(head_dim, on, flash3, flash2):
+    for dtype in (torch.float16, torch.bfloat16):
+        assert on(flash.FLASH3, "sm_90", head_dim, dtype) == []
+        for hardware in ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120"):
+            assert on(flash.FLASH2, hardware, head_dim, dtype) == []
+            assert on(flash.FLASH_TORCH, hardware, head_dim, dtype) == []
+
+
+@pytest.mark.parametrize("spec", [flash.FLASH3, flash.FLASH2, flash.FLASH_TORCH], ids=lambda spec: spec.name)
+def test_they_refuse(spec, on, flash3, flash2):
+    expected = "a Hopper GPU (sm_90)" if spec is flash.FLASH3 else "an NVIDIA GPU from sm_80 on"
+    for hardware in ("cpu", "cuda", "mps", "sm_75"):  # "cuda" without a capability is a torch for ROCm
+        assert on(spec, hardware) == [f"hardware {hardware}: expected {expected}"]
+    assert on(spec, "sm_90", dtype=torch.float32) == ["dtype torch.float32: expected float16 or bfloat16"]
+    for head_dim in (60, 264):
+        assert on(spec, "sm_90", head_dim) == [f"head_dim {head_dim}: expected a multiple of 8, at most 256"]
+    assert len(on(spec, "cpu", 60, torch.float64)) == 3
+
+
+def test_flash3_is_for_hopper_alone(on, flash3):
+    for hardware in ("sm_80", "sm_100", "sm_120"):
+        assert on(flash.FLASH3, hardware) == [f"hardware {hardware}: expected a Hopper GPU (sm_90)"]
+
+
+def test_flash3_refuses_deterministic_gradients_of_large_heads(on, flash3):
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert on(flash.FLASH3, "sm_90", 256) == ["head_dim 256: deterministic gradients are for at most 192"]
+        assert on(flash.FLASH3, "sm_90", 192) == on(flash.FLASH3, "sm_90", 256, grad=False) == []
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_flash_torch_refuses_a_torch_without_it(on, monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: False)
+    assert on(flash.FLASH_TORCH, "sm_90") == [
+        f"torch {torch.__version__} is built without FlashAttention: install one for CUDA"
+    ]
+
+
+@pytest.mark.parametrize("version", [None, "2.7.4.post1", "2.8.3", "4.0"])
+def test_flash2_refuses_what_is_missing_old_or_broken(version, on, monkeypatch):
+    def installed(name):
+        if version is None:
+            raise flash.metadata.PackageNotFoundError(name)
+        return version
+
+    monkeypatch.setattr(flash.metadata, "version", installed)
+    for name in ("flash_attn", "flash_attn.flash_attn_interface"):
+        monkeypatch.setitem(sys.modules, name, None)
+    (reason,) = on(flash.FLASH2, "sm_90")
+    if version is None:
+        assert reason == "flash-attn is not installed: pip install lct-core[flash-attn]"
+    elif version.startswith("2.7"):
+        assert reason == "flash-attn 2.7.4.post1: expected 2.8 or newer"
+    else:
+        assert reason.startswith("it cannot be loaded: ")
+        assert reason.endswith(f"install what is missing, or a build for torch {torch.__version__}")
+
+
+@pytest.fixture
+def packages(monkeypatch, tmp_path):
+    """A folder to install packages in, on a machine without FA3."""
+    monkeypatch.setattr(flash, "_has_flash3", lambda: False)
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("flash_attn_3", "xformers", "nvidia"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").touch()  # before those that the machine may have
+
+    def install(name):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("not a library")
+        importlib.invalidate_caches()
+        return path
+
+    return install
+
+
+def test_flash3_refuses_where_it_is_not_installed(packages, on, monkeypatch):
+    monkeypatch.setattr(flash, "find_spec", lambda name: None)
+    (reason,) = on(flash.FLASH3, "sm_90")
+    assert reason.startswith("FlashAttention-3 is not installed: build flash_attn_3 ")
+    assert len(on(flash.FLASH3, "sm_80", 60)) == 3
+    with pytest.raises(ImportError, match=r"^FlashAttention-3 is not installed"):
+        flash.FLASH3.load()
+
+
+def test_flash3_refuses_a_library_that_cannot_be_loaded(packages, on):
+    library = packages("flash_attn_3/_C.abi3.so")
+    (reason,) = on(flash.FLASH3, "sm_90")
+    assert reason.startswith("it cannot be loaded: ")
+    assert str(library) in reason
+    assert on(flash.FLASH3, "cpu") == ["hardware cpu: expected a Hopper GPU (sm_90)"]  # it is not even tried
+
+
+def test_flash3_comes_from_its_own_package_or_from_xformers_and_cudas_runtime_before_it(packages, monkeypatch):
+    loaded = []
+    monkeypatch.setattr(ctypes, "CDLL", lambda path, mode: loaded.append((path, mode)))
+    monkeypatch.setattr(torch.ops, "load_library", loaded.append)
+    bundled = packages("xformers/flash_attn_3/_C.so")
+    flash.FLASH3.load()
+    runtime = packages("nvidia/cuda_runtime/lib/libcudart.so.12")
+    flash.FLASH3.load()
+    own = packages("flash_attn_3/_C.cpython-311-x86_64-linux-gnu.so")
+    flash.FLASH3.load()
+    preloaded = (str(runtime), ctypes.RTLD_GLOBAL)
+    assert loaded == [bundled, preloaded, bundled, preloaded, own]
+
+
+# on a GPU
+
+
+@pytest.fixture(params=[flash.FLASH3, flash.FLASH2, flash.FLASH_TORCH], ids=lambda spec: spec.name)
+def on_gpu(request):
+    """Each of the three that this machine can run."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    asked = KernelRequest(CAUSAL, torch.device("cuda", 0), torch.bfloat16, 4, 2, 128, True)
+    if reasons := request.param.refusals(asked):
+        pytest.skip("; ".join(reasons))
+    return request.param
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@schedules
+def test_gpu_kernels_and_their_gradients(on_gpu, head_dim, dtype, schedule, conforms):
+    with scheduled(schedule):
+        conforms(on_gpu, device="cuda", dtypes=[dtype], head_dim=head_dim)
+
+
+LONG = context_causal(Layout([[Shot(0, (1, 1, n)) for n in (700, 33, 1, 1290, 128, 257)], [Shot(0, (1, 1, 500))]]))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_gpu_one_launch_over_overlapping_keys_is_a_dense_call_for_every_shot(on_gpu, head_dim):
+    # no library documents that key ranges may overlap where seqused_k is given
+    kernel = on_gpu.load()
+    q, k, v = (x.detach() for x in draw(LONG, 8, 2, head_dim, dtype=torch.bfloat16, device="cuda"))
+    alone = []
+    for queries, keys in LONG.segments:
+        shot = AttentionPlan(queries.size, LONG.keys, (Segment(Range(0, queries.size), keys),))
+        alone.append(kernel(q[:, queries.slice], k, v, shot, 0.1))
+    truth = reference(q.double(), k.double(), v.double(), LONG, 0.1)
+    bound = BOUNDS[torch.bfloat16]["kernel"].given(error(torch.cat(alone, dim=1), truth))
+    assert error(kernel(q, k, v, LONG, 0.1), truth) <= bound
+
+
+@pytest.mark.gpu
+def test_gpu_later_shots_change_nothing(on_gpu):
+    kernel = on_gpu.load()
+    q, k, v = (x.detach() for x in draw(LONG, 8, 2, 128, dtype=torch.bfloat16, device="cuda"))
+    out = kernel(q, k, v, LONG, 0.1)
+    for queries, (keys,) in LONG.segments[:-1]:
+        poisoned = k.clone(), v.clone()
+        for x in poisoned:
+            x[:, keys.stop :] = torch.finfo(x.dtype).max
+        assert torch.equal(kernel(q, *poisoned, LONG, 0.1)[:, queries.slice], out[:, queries.slice])
