@@ -12,9 +12,8 @@ int32, which the host sees to. Scores are in units of log 2, since the hardware 
 import triton
 import triton.language as tl
 
-_LOWEST: tl.constexpr = tl.constexpr(
-    -3.0e38
-)  # its exp2 is 0; finite, since a row that has seen no key yet must not make inf - inf
+# its exp2 is 0; finite, since a row that has seen no key yet must not make inf - inf
+_LOWEST: tl.constexpr = tl.constexpr(-3.0e38)
 _LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 _LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 _LENGTHS = ("queries", "keys")  # ragged: no kernel is compiled anew for a multiple of 16

@@ -34,7 +34,6 @@ _HEAD_DIMS = (16, 32, 64, 128)
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _ROOMY = ("sm_80", "sm_90", "sm_100", "sm_103")  # 160 KB of shared memory or more
 _LARGEST_STRIDE = 2**23  # of tokens: the offsets within a tile, of at most 128, then fit int32
-_SUMMED = 64  # rows of a program that sums them; bound by memory
 
 
 class Tiling(NamedTuple):
@@ -131,8 +130,6 @@ def key_tiles(plan: AttentionPlan, rows: int, columns: int) -> list[Tile]:
 
 def triton_attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float) -> Tensor:
     """Attention over a plan of one key interval per query, in one launch; differentiable once."""
-    if scale < 0:  # the kernels take the largest score before they scale it
-        return triton_attention(-q, k, v, plan, -scale)
     return _Attention.apply(q, k, v, plan, scale)
 
 
@@ -150,7 +147,7 @@ def triton_attention_lse(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, s
         The output like ``q``, and the natural logarithm of the summed exponentials, float32
         ``[batch, heads, queries]``.
     """
-    if scale < 0:
+    if scale < 0:  # the kernel takes the largest score before it scales it
         return triton_attention_lse(-q, k, v, plan, -scale)
     q, k, v = (_addressable(x) for x in (q, k, v))
     batch, queries, heads, head_dim = q.shape
@@ -205,8 +202,8 @@ def _backward(
     shape = {"GROUP": heads // kv_heads, "HEAD_DIM": head_dim}
     strides = _strides(q=q, k=k, v=v, dout=dout)
     with torch.cuda.device_of(q):
-        _kernels().row_sums[-(-queries // _SUMMED), batch * heads](
-            out, dout, delta, queries, heads, **_strides(dout=dout), HEAD_DIM=head_dim, ROWS=_SUMMED
+        _kernels().row_sums[-(-queries // 64), batch * heads](
+            out, dout, delta, queries, heads, **_strides(dout=dout), HEAD_DIM=head_dim, ROWS=64, enable_fp_fusion=True
         )
         if for_q:
             tiling = _tiling(q, "queries backward")

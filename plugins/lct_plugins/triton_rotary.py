@@ -8,8 +8,8 @@ of a cache: no join, no copy, nothing in float32 in between. A scene model does 
 ``norm_rotate`` also has the RMS norm before it. It is for adapters and models to call: an adapter hands its queries and
 keys to the engine normed.
 
-Neither has been measured on a GPU yet, so that nothing chooses them by itself. Triton's interpreter
-(``TRITON_INTERPRET=1``, which Triton reads when kernels are defined) runs them on a CPU.
+Neither has run on a GPU yet, so that nothing chooses them by itself. Triton's interpreter (``TRITON_INTERPRET=1``,
+which Triton reads when kernels are defined) runs them on a CPU; its casts to bfloat16 cut where they should round.
 """
 
 import importlib.util
