@@ -2,6 +2,19 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
+# Benchmarks run with this Python. One that has torch and pytest but can install nothing works from the source tree:
+# make bench-gpu RUN=python3
+RUN ?= $(BIN)/python
+READY := .venv/ready
+ifneq ($(RUN),$(BIN)/python)
+READY := runs/site/ready
+bench bench-gpu: export PYTHONPATH := $(CURDIR):$(CURDIR)/backbones:$(CURDIR)/plugins:$(CURDIR)/runs/site
+endif
+# What pytest is told besides: make bench-gpu ARGS=--fresh
+ARGS ?=
+GPU_TESTS = $(shell grep -l 'mark\.gpu' tests/test_*.py)
+GPU_BENCHMARKS = $(filter-out benchmarks/test_attention.py,$(shell grep -l 'mark\.gpu' benchmarks/test_*.py))
+
 .PHONY: demo test lint bench bench-gpu clean
 
 demo: .venv/ready  ## train, retrofit, tune and generate: LCT seen to work, in runs/demo
@@ -15,11 +28,22 @@ lint: .venv/ready  ## formatting, lint and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: .venv/ready  ## benchmarks that a CPU can run, into benchmarks/results
-	$(BIN)/python -m pytest benchmarks -m "not gpu"
+bench: $(READY)  ## benchmarks that a CPU can run, into benchmarks/results
+	$(RUN) -m pytest benchmarks -m "not gpu" $(ARGS); code=$$?; \
+	$(RUN) -m benchmarks.figure1 && $(RUN) -m benchmarks.report && exit $$code
 
-bench-gpu: .venv/ready  ## the Hopper cases
-	$(BIN)/python -m pytest benchmarks -m gpu
+bench-gpu: $(READY)  ## correctness on a GPU, then the Hopper cases; goes on where it was interrupted
+	$(RUN) -m pytest $(GPU_TESTS) -m gpu -W default; tests=$$?; \
+	$(RUN) -m pytest benchmarks/test_attention.py -m gpu -W default $(ARGS); cases=$$?; \
+	while [ $$cases -eq 75 ]; do \
+		$(RUN) -m pytest benchmarks/test_attention.py -m gpu -W default; cases=$$?; \
+	done; \
+	$(RUN) -m pytest $(GPU_BENCHMARKS) -m gpu -W default $(ARGS); others=$$?; \
+	$(RUN) -m benchmarks.figure1 && $(RUN) -m benchmarks.report && exit $$((tests | cases | others))
+
+runs/site/ready: pyproject.toml
+	$(RUN) -m benchmarks.source_tree $(@D)
+	@touch $@
 
 .venv/ready: pyproject.toml
 	@echo "setting up .venv (a few minutes, once)"

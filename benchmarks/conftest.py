@@ -8,6 +8,7 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks import harness
+from benchmarks.cases import Case
 from benchmarks.report import goal
 
 PUBLISHED = pytest.StashKey[list[dict[str, Any]]]()
@@ -19,22 +20,40 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="a fraction of every size, to see that it runs; results go to runs/benchmarks",
     )
+    parser.addoption(
+        "--fresh",
+        action="store_true",
+        help="measure attention cases again whose results stand: same machine, versions and source",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[PUBLISHED] = []
 
 
-def pytest_collection_modifyitems(items: Iterable[pytest.Item]) -> None:
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+def pytest_collection_modifyitems(config: pytest.Config, items: Iterable[pytest.Item]) -> None:
+    again = config.getoption("--quick") or config.getoption("--fresh")
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        elif not again and isinstance(case := _case(item), Case):
+            found = harness.standing(case, harness.RESULTS)
+            if found and found["times"]:
+                item.add_marker(pytest.mark.skip(reason="its result stands; --fresh measures it again"))
+
+
+def _case(item: pytest.Item) -> object:
+    return item.callspec.params.get("case") if isinstance(item, pytest.Function) and hasattr(item, "callspec") else None
 
 
 @pytest.fixture
 def quick(request: pytest.FixtureRequest) -> bool:
     return request.config.getoption("--quick")
+
+
+@pytest.fixture
+def fresh(request: pytest.FixtureRequest) -> bool:
+    return request.config.getoption("--fresh")
 
 
 @pytest.fixture

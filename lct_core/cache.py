@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lct_core.coordinates import Scheme
 from lct_core.layout import Range, Shot, consecutive
-from lct_core.rope import Pairing, move
+from lct_core.rope import Pairing, RowParts, move
 
 Space = Literal["tokens", "video", "text"]
 
@@ -223,9 +223,11 @@ class KVCache:
         self._stage, self._scheme, self._diagonal, self._pairing = None, scheme, diagonal, pairing
 
     def write(
-        self, key: tuple[int, str], space: Space, k: Tensor, v: Tensor
+        self, key: tuple[int, str], space: Space, k: Tensor | RowParts, v: Tensor
     ) -> tuple[Float[Tensor, "batch keys heads head_dim"], Float[Tensor, "batch keys heads head_dim"]]:
         """Write the current shots' rotated keys and values behind the history; return both with it, as views.
+
+        Keys that come as :class:`lct_core.rope.RowParts` are rotated right there, without a copy in between.
 
         Raises:
             ValueError: where the batch, heads or dtype differ from the history's.
@@ -241,7 +243,7 @@ class KVCache:
                     "a cache belongs to the model and branch that filled it"
                 )
             room = stop if space == "text" else max(stop, self._capacity)
-            store = self._stores[key] = _Store(space, _room(k, 0, room), _room(v, 0, room))
+            store = self._stores[key] = _Store(space, _buffer(k, room), _buffer(v, room))
         if (store.k.shape[0], *store.k.shape[2:], store.k.dtype) != (k.shape[0], *k.shape[2:], k.dtype):
             raise ValueError(
                 f"cache: it holds keys of batch {store.k.shape[0]}, heads and channels {list(store.k.shape[2:])}, "
@@ -249,7 +251,10 @@ class KVCache:
             )
         if stop > store.k.shape[1]:
             store.k, store.v = _room(store.k, start, stop), _room(store.v, start, stop)
-        store.k[:, start:stop] = k
+        if isinstance(k, RowParts):
+            k.into(store.k[:, start:stop])
+        else:
+            store.k[:, start:stop] = k
         store.v[:, start:stop] = v
         return store.k[:, hidden:stop], store.v[:, hidden:stop]
 
@@ -262,8 +267,13 @@ class KVCache:
         return dict(zip((e.id for e in entries), consecutive(getattr(e.shot, space) for e in entries), strict=True))
 
 
+def _buffer(x: Tensor | RowParts, tokens: int) -> Tensor:
+    """A buffer like x for a number of tokens."""
+    return torch.empty(x.shape[0], tokens, *x.shape[2:], dtype=x.dtype, device=x.device)
+
+
 def _room(x: Tensor, keep: int, tokens: int) -> Tensor:
     """A buffer like x for a number of tokens that begins with the first ``keep`` of x."""
-    buffer = x.new_empty(x.shape[0], tokens, *x.shape[2:])
+    buffer = _buffer(x, tokens)
     buffer[:, :keep] = x[:, :keep]
     return buffer

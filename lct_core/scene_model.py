@@ -22,7 +22,7 @@ from lct_core.coordinates import Scheme, check_scheme, extent, measured_extent, 
 from lct_core.layout import Layout, Range, Role, Shot
 from lct_core.masks import PATTERNS, AttentionPlan, Pattern
 from lct_core.plugins import registry
-from lct_core.rope import Rotation
+from lct_core.rope import Rotary, Rotation, RowParts, pays_in_pieces, rotate_into
 
 _KINDS = 256  # of blocks, sites and shapes of shots that are compiled for
 
@@ -39,6 +39,7 @@ def retrofit(
     gradient_checkpointing: bool = False,
     batch_shots: bool = False,
     compile: bool = False,
+    rotary: Rotary | None = None,
     backbone: str | Backbone | None = None,
 ) -> "SceneModel":
     """Make a scene model of a single-shot DiT, in place and without a new parameter.
@@ -57,11 +58,13 @@ def retrofit(
         batch_shots: Whether shots of equal shape go through the blocks as one batch, apart from their attention: faster
             where shots are many and small, and the same but for the last bits (2e-6 in float32; default: one by one).
         compile: Whether what lies between two attentions runs under ``torch.compile`` (2e-6 in float32; default: no).
+        rotary: What rotates queries and keys into their places, instead of torch's own operations: a function like
+            :func:`lct_core.rope.rotate_into`, for models whose adapter rotates as :func:`lct_core.rotate` does.
         backbone: Name of the backbone to use, or an adapter of one's own; by default found by the model's class.
 
     Raises:
         ValueError: where no backbone, or more than one, handles the model, or it cannot be served as it is set up; for
-            an unknown scheme, and a choice of text that the model does not have.
+            an unknown scheme, and a choice of text or rotary that the model does not have.
     """
     adapter = backbone if isinstance(backbone, Backbone) else registry().adapter(model, backbone)
     if adapter.model is not model:
@@ -74,6 +77,7 @@ def retrofit(
         gradient_checkpointing=gradient_checkpointing,
         batch_shots=batch_shots,
         compile=compile,
+        rotary=rotary,
     )
 
 
@@ -93,11 +97,13 @@ class SceneModel:
         gradient_checkpointing: bool = False,
         batch_shots: bool = False,
         compile: bool = False,
+        rotary: Rotary | None = None,
     ) -> None:
         self.adapter = adapter
         self.scheme: Scheme = check_scheme(scheme)
         self.text = _text_scope(text, adapter)
         self.compile = compile
+        self.rotary = _rotary(rotary, adapter)
         _check_served(adapter)
         self.kernel = registry().check_kernel(kernel)
         self.gradient_checkpointing = gradient_checkpointing
@@ -211,7 +217,7 @@ class _Call:
         self.levels = levels  # here, and not an argument of the model: mixed-precision hooks round those
         own_switch = getattr(engine.backbone, "gradient_checkpointing", False)
         self.checkpointing, self.batching = engine.gradient_checkpointing or own_switch, engine.batch_shots
-        self.text, self.compile = engine.text, engine.compile
+        self.text, self.compile, self.rotary = engine.text, engine.compile, engine.rotary
         self.pattern = _pattern(pattern)
         if cache is not None and len(layout.scenes) != 1:
             raise ValueError(
@@ -274,6 +280,25 @@ class _Call:
         if site.joint == "text":
             return "text"
         return "tokens" if self.adapter.traits.text == "joint" and site.tokens == "all" else "video"
+
+    def row(self, parts: Sequence[Tensor], by: Rotation | None) -> Tensor | RowParts:
+        """Every shot's queries, keys or values in one row: rotated on their way there where that is asked for or pays.
+
+        Else, and where an adapter rotates in its own way or learns its angles, they are joined and rotated first.
+        """
+        rotary, learned = self.rotary, by is not None and (by.cos.requires_grad or by.sin.requires_grad)
+        if rotary is None and not learned and _rotates_plainly(self.adapter) and pays_in_pieces(parts):
+            rotary = functools.partial(rotate_into, rotate=self.adapter.rotate)
+        if by is None or rotary is None:
+            x = _cat(parts, dim=1)
+            x = x if by is None else self.adapter.rotate(x, by)
+            return x.to(_autocast_dtype(x))
+        if learned:
+            raise ValueError(
+                f"rotary: the angles of this {type(self.adapter.model).__name__} are learned, and a rotary has no "
+                "gradient for them; leave it out, freeze them, or call under torch.no_grad()"
+            )
+        return RowParts(parts, by, _autocast_dtype(parts[0]), rotary)
 
     def _plan(self, site: Site) -> AttentionPlan:
         if site.joint == "own_shot":
@@ -373,17 +398,14 @@ class _BlockCall:
         """Join the shots, rotate, attend, and take the groups apart again."""
         call = self.call
         queries, keys, values = (call.shot_by_shot([part[i] for part in parts]) for i in range(3))
-        lengths = [x.shape[1] for x in queries]
-        q, k, v = (_cat(parts, dim=1) for parts in (queries, keys, values))
-        by = call.rotations[site.tokens]
-        if by is not None and site.joint != "text":
-            q, k = call.adapter.rotate(q, by), call.adapter.rotate(k, by)
-        q, k, v = _autocast(q, k, v)
+        by = None if site.joint == "text" else call.rotations[site.tokens]
+        q, k, v = call.row(queries, by), call.row(keys, by), _whole(call.row(values, None))
         if call.cache is not None and call.cached(site):
             if k.requires_grad or v.requires_grad:
                 raise ValueError("cache: a KV cache is for generation; call under torch.no_grad()")
             k, v = call.cache.write((self.index, site.name), call.space(site), k, v)
-        outs = attend(q, k, v, call.plan(site), kernel=call.kernel).split(lengths, dim=1)
+        outs = attend(_whole(q), _whole(k), v, call.plan(site), kernel=call.kernel)
+        outs = outs.split([x.shape[1] for x in queries], dim=1)
         # A shot's own tokens lie contiguous whatever surrounds it in the row: a matmul's bits depend on the strides.
         return [_cat([outs[i] for i in group], dim=0).contiguous() for group in call.groups]
 
@@ -421,13 +443,19 @@ def _cat(parts: Sequence[Tensor], *, dim: int) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=dim)
 
 
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Under autocast, what torch's own attention does with its inputs; here, so that the cache holds the same."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+def _autocast_dtype(x: Tensor) -> torch.dtype:
+    """Under autocast, what torch's own attention casts its inputs to; here, so that the cache holds the same."""
+    device = x.device.type
+    kept = x.dtype == torch.float64 or not torch.is_autocast_enabled(device)
+    return x.dtype if kept else torch.get_autocast_dtype(device)
+
+
+def _whole(row: Tensor | RowParts) -> Tensor:
+    return row.joined() if isinstance(row, RowParts) else row
+
+
+def _rotates_plainly(adapter: Backbone) -> bool:
+    return getattr(adapter.rotate, "__func__", None) is Backbone.rotate
 
 
 def _qkv(adapter: Backbone, block: nn.Module, site: Site, state: State) -> QKV:
@@ -478,6 +506,13 @@ def _text_scope(text: TextScope, adapter: Backbone) -> TextScope:
             'seen with its shot; expected "own", the default'
         )
     return text
+
+
+def _rotary(rotary: Rotary | None, adapter: Backbone) -> Rotary | None:
+    if rotary is not None and not (adapter.traits.pairing and _rotates_plainly(adapter)):
+        has = "rotates in a way of its own" if adapter.traits.pairing else "has no RoPE"
+        raise ValueError(f"rotary: got one, but this {type(adapter.model).__name__} {has}; expected None, the default")
+    return rotary
 
 
 def _check_served(adapter: Backbone) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import click
 
-from lct_core.cli import backbones, conformance, demo, generate, inspect, kernels, tune
+from lct_core.cli import backbones, bench, conformance, demo, generate, inspect, kernels, tune
 from lct_core.plugins import PluginError
 
 
@@ -48,6 +48,7 @@ lct.add_command(conformance.command)
 lct.add_command(tune.command)
 lct.add_command(generate.command)
 lct.add_command(demo.command)
+lct.add_command(bench.command)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,0 +1,138 @@
+"""The paper's Figure 1 (supplement, D): how long it takes to generate a scene, against its number of shots."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from benchmarks import generation_cost, harness
+from benchmarks.generation_cost import label, scene_of
+from lct_backbones.mmdit import PAPER_3B, MMDiT, tiny
+from lct_core import SceneModel, Shot, ShotInput, generation, retrofit
+from lct_core.testing.tolerances import BOUNDS, error
+
+Publish = Callable[[dict[str, Any]], None]
+Scene = Sequence[ShotInput]
+
+
+class Size(NamedTuple):
+    """What a device is given to do: what takes minutes, not hours, so shots are short and steps few, two at least.
+
+    With one, the pass that writes the cache would be half of what there is to do with it.
+    """
+
+    config: dict[str, Any]
+    dtype: torch.dtype
+    shot: Shot
+    steps: int
+    counts: tuple[int, ...]
+    rounds: int
+
+
+SMALL = {"channels": 16, "text_width": 64, "width": 256, "depth": 4, "heads": 4}
+SIZES = {
+    "cpu": Size(SMALL, torch.float32, Shot(32, (2, 8, 8)), 3, (1, 2, 4, 8, 12, 16, 20), 3),
+    "cuda": Size(PAPER_3B, torch.bfloat16, Shot(576, (2, 30, 30)), 2, (1, 4, 9, 20), 2),
+}
+QUICK = Size({**SMALL, "width": 64}, torch.float32, Shot(8, (1, 4, 4)), 2, (1, 2, 4), 2)
+
+
+def _recomputed(model: SceneModel, scene: Scene, steps: int) -> list[Any]:
+    history = generation.recent(len(scene))
+    return generation.autoregressive(model, scene, steps=steps, history=history, pattern="context_causal")
+
+
+def _joint(model: SceneModel, scene: Scene, steps: int) -> list[Any]:
+    return generation.joint(model, scene, steps=steps)
+
+
+def _cached(model: SceneModel, scene: Scene, steps: int) -> list[Any]:
+    return generation.causal(model, scene, steps=steps, history=generation.recent(len(scene)))
+
+
+def _independent(model: SceneModel, scene: Scene, steps: int) -> list[Any]:
+    return [generation.joint(model, [shot], steps=steps)[0] for shot in scene if shot.role == "shot"]
+
+
+MODES = {"recomputed": _recomputed, "joint": _joint, "cached": _cached, "independent": _independent}
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_generation(device: str, quick: bool, benchmark: BenchmarkFixture, publish: Publish) -> None:
+    gate = _check(device)
+    size = QUICK if quick else SIZES[device]
+    model, steps, most = _model(size, device), size.steps, size.counts[-1]
+    scene = _scene(model, scene_of(size.shot, most), size.dtype, device)
+
+    def contender(mode: str, shots: int) -> harness.Contender:
+        passes = generation_cost.MODES[mode](scene_of(size.shot, shots), steps)
+        flops = generation_cost.cost(model.adapter.model, passes).total
+        return harness.Contender(lambda: lambda: MODES[mode](model, scene[: shots + 1], steps), flops)
+
+    contenders = {label(mode, n): contender(mode, n) for n in size.counts for mode in MODES}
+    warmup = 1
+    seconds = harness.interleave(contenders, warmup=warmup, rounds=size.rounds, device=device)
+    benchmark.pedantic(contenders[label("cached", most)].prepare(), rounds=1)
+    publish(
+        harness.record(
+            f"generation-{device}",
+            device=device,
+            warmup=warmup,
+            rounds=size.rounds,
+            shape={
+                **{name: size.config[name] for name in ("width", "depth", "heads")},
+                "parameters": sum(p.numel() for p in model.backbone.parameters()),
+                "shots": size.counts,
+                "tokens": size.shot.tokens,
+                "steps": steps,
+                "dtype": str(size.dtype).removeprefix("torch."),
+            },
+            times=harness.measured(seconds, contenders),
+            comparisons=[c for n in size.counts[1:] for c in _speed_up(n, seconds, contenders)],
+            gate=gate,
+        )
+    )
+
+
+def _speed_up(
+    shots: int, seconds: dict[str, list[float]], contenders: dict[str, harness.Contender]
+) -> list[harness.Comparison]:
+    """What a cache saves, and how much of what the operations it spares would have it save."""
+    again, once = label("recomputed", shots), label("cached", shots)
+    promise = contenders[again].flops / contenders[once].flops
+    what = f"speed-up by the cache, {shots} shots"
+    return [
+        harness.Comparison(what, harness.ratio(seconds[again], seconds[once])),
+        harness.Comparison(f"{what} / in FLOPs", harness.ratio(seconds[again], seconds[once], 1 / promise)),
+    ]
+
+
+def _check(device: str) -> dict[str, float]:
+    """The gate: with a cache comes out what comes out without, within what each pass may add in float32."""
+    model, shots, steps = retrofit(tiny().to(device)), scene_of(Shot(4, (2, 3, 3)), 3), 2
+    scene = _scene(model, shots, torch.float32, device)
+    pairs = zip(_cached(model, scene, steps)[1:], _recomputed(model, scene, steps)[1:], strict=True)
+    worst, bound = max(error(*pair) for pair in pairs), 3 * steps * BOUNDS[torch.float32]["cached"].absolute
+    assert worst <= bound, f"the error of what comes from the cache is {worst:.2e}, more than {bound:.2e}: not timed"
+    return {"error": worst, "bound": bound}
+
+
+def _model(size: Size, device: str) -> SceneModel:
+    """With weights of no meaning, but none that are zero: an untrained model would predict nothing."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = MMDiT(**size.config).to(size.dtype).requires_grad_(False)
+    for weight in model.parameters():
+        weight.normal_(std=0.02)
+    return retrofit(model)
+
+
+def _scene(model: SceneModel, shots: Sequence[Shot], dtype: torch.dtype, device: str) -> list[ShotInput]:
+    """Noise and texts; the global shot's dummy video is left to the modes."""
+    generator = torch.Generator().manual_seed(0)
+    overall, *others = (
+        model.adapter.example(shot, batch=1, generator=generator, dtype=dtype).to(device) for shot in shots
+    )
+    return [ShotInput(text=overall.text, role="global"), *others]

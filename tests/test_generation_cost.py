@@ -1,0 +1,104 @@
+"""The count of operations against what torch counts while the modes run; and the picture of it."""
+
+import json
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import figure1
+from benchmarks.generation_cost import MODES, PAPER_SHOT, Cost, cost, label, scene_of
+from lct_backbones.mmdit import PAPER_3B, MMDiT, tiny
+from lct_core import Shot, ShotInput, generation, retrofit
+
+STEPS = 2
+GLOBAL = Shot(3, (1, 2, 3), "global")
+SCENES = {
+    "one shot": [Shot(4, (2, 2, 2))],
+    "one shot and a global one": [GLOBAL, Shot(4, (2, 2, 3))],
+    "ragged": [Shot(2, (2, 2, 3)), Shot(0, (1, 1, 1)), Shot(3, (1, 4, 2)), Shot(1, (3, 1, 2))],
+    "ragged with a global one": [GLOBAL, Shot(5, (1, 2, 3)), Shot(1, (2, 3, 1)), Shot(0, (4, 1, 1))],
+    "more than the trained window": [Shot(1, (1, 1, 2))] * 10,
+}
+
+
+def shot_after_shot(mode, **options):
+    return lambda model, scene: mode(model, scene, steps=STEPS, history=generation.recent(len(scene)), **options)
+
+
+GENERATE = {
+    "recomputed": shot_after_shot(generation.autoregressive, pattern="context_causal"),
+    "joint": lambda model, scene: generation.joint(model, scene, steps=STEPS),
+    "cached": shot_after_shot(generation.causal),
+    "independent": lambda model, scene: [
+        generation.joint(model, [shot], steps=STEPS) for shot in scene if shot.role == "shot"
+    ],
+}
+
+
+def counted(run):
+    """What torch counts: linear layers are addmm, and all else is attention."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        run()
+    counts = counter.get_flop_counts()["Global"]
+    linear = counts.pop(torch.ops.aten.addmm)
+    return Cost(linear, sum(counts.values()))
+
+
+@pytest.mark.parametrize("shots", SCENES.values(), ids=SCENES)
+@pytest.mark.parametrize("mode", MODES)
+def test_every_operation_of_every_mode(mode, shots):
+    model, generator = tiny(), torch.Generator().manual_seed(0)
+    engine = retrofit(model, kernel="sdpa")
+    scene = [engine.adapter.example(shot, batch=1, generator=generator, dtype=torch.float32) for shot in shots]
+    if shots[0].role == "global":
+        scene[0] = ShotInput(text=scene[0].text, latents=torch.zeros_like(scene[0].latents), role="global")
+    assert cost(model, MODES[mode](shots, STEPS)) == counted(lambda: GENERATE[mode](engine, scene))
+
+
+def test_one_pass_of_the_papers_model():
+    """On the meta device, where attention is two matrix products."""
+    with torch.device("meta"):
+        model, (frames, height, width) = MMDiT(**PAPER_3B), PAPER_SHOT.grid
+        latents = torch.empty(1, model.channels, frames, 2 * height, 2 * width)
+        text = torch.empty(1, PAPER_SHOT.text, model.text_width)
+        got = counted(lambda: model(latents, torch.empty(1), text))
+    assert cost(model, MODES["independent"]([PAPER_SHOT], 1)) == got
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 20])
+def test_growth_with_the_number_of_shots(count):
+    """The formulas, for a scene without a global shot; the cache spares the last shot its write."""
+    with torch.device("meta"):
+        model = MMDiT(**PAPER_3B)
+    shot, steps, n = Shot(5, (2, 3, 4)), 4, count
+    alone = cost(model, MODES["joint"]([shot], 1))
+    growth = {
+        "joint": (steps * n, steps * n**2),
+        "cached": ((steps + 1) * n - 1, (steps + 1) * n * (n + 1) // 2 - n),
+        "recomputed": (steps * n * (n + 1) // 2, steps * n * (n + 1) * (n + 2) // 6),
+        "independent": (steps * n, steps * n),
+    }
+    for mode, (linear, attention) in growth.items():
+        expected = Cost(linear * alone.linear, attention * alone.attention)
+        assert cost(model, MODES[mode]([shot] * n, steps)) == expected
+        assert expected.total == expected.linear + expected.attention
+
+
+def test_a_scene_has_a_global_shot_of_one_frame():
+    shot = Shot(5, (2, 3, 4))
+    assert scene_of(shot, 2) == [Shot(5, (1, 3, 4), "global"), shot, shot]
+
+
+def test_the_figure_has_a_panel_for_every_device_that_was_measured(tmp_path):
+    with pytest.raises(SystemExit, match="no latencies, expected generation-"):
+        figure1.main(tmp_path)
+    sizes = []
+    for device, gpu in (("cpu", {}), ("cuda", {"gpu": "a GPU"})):
+        shape = {"shots": [1, 2], "parameters": 10**7, "tokens": 160, "steps": 3, "dtype": "float32"}
+        times = {label(mode, n): {"seconds": n, "low": n / 2, "high": 2 * n} for mode in MODES for n in (1, 2)}
+        record = {"shape": shape, "machine": {"cpu": "a CPU", "threads": 2} | gpu, "times": times}
+        (tmp_path / f"generation-{device}.json").write_text(json.dumps(record))
+        figure1.main(tmp_path)
+        sizes.append(figure1.plt.imread(tmp_path / "figure1.png").shape)
+    assert [width for _, width, _ in sizes] == [2 * 5.2 * 160, 3 * 5.2 * 160]
