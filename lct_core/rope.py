@@ -4,7 +4,7 @@ Angles are float64, cosines and sines are cast once, at the end, to at least flo
 their precision whatever the dtype of what is rotated. RoPE: Su et al., arXiv 2104.09864.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import torch
@@ -133,8 +133,6 @@ def rotate_into(
     x: Float[Tensor, "batch tokens heads head_dim"],
     by: Rotation,
     out: Float[Tensor, "batch tokens heads head_dim"],
-    *,
-    rotate: Callable[[Tensor, Rotation], Tensor] = rotate,
 ) -> None:
     """Rotate queries or keys into their place: a slice of a packed row, or of a cache's buffer.
 
@@ -145,7 +143,6 @@ def rotate_into(
         x: Queries or keys, with any strides.
         by: A rotation for every token.
         out: Where they go, with any strides and any dtype.
-        rotate: What turns a piece (default: :func:`rotate`); every token must be turned by itself.
 
     Raises:
         ValueError: for an ``out`` of another shape, or a rotation for other tokens or more channels.

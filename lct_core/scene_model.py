@@ -288,7 +288,7 @@ class _Call:
         """
         rotary, learned = self.rotary, by is not None and (by.cos.requires_grad or by.sin.requires_grad)
         if rotary is None and not learned and _rotates_plainly(self.adapter) and pays_in_pieces(parts):
-            rotary = functools.partial(rotate_into, rotate=self.adapter.rotate)
+            rotary = rotate_into
         if by is None or rotary is None:
             x = _cat(parts, dim=1)
             x = x if by is None else self.adapter.rotate(x, by)
