@@ -13,6 +13,7 @@ from pkgutil import resolve_name
 from typing import Any
 
 import pluggy
+import torch
 from torch import nn
 
 from lct_core.backbone import Backbone, BackboneSpec, Kernel, KernelRequest, KernelSpec
@@ -52,7 +53,7 @@ class Registry:
     def __init__(self, plugins: Iterable[EntryPoint] = ()) -> None:
         self._manager = pluggy.PluginManager("lct")
         self._manager.add_hookspecs(Hooks)
-        self._resolved: dict[tuple[str, KernelRequest], Kernel] = {}
+        self._resolved: dict[tuple[str, KernelRequest, bool], Kernel] = {}
         self.register(import_module("lct_core.attention"), name="lct_core")
         for entry in plugins:
             try:
@@ -117,14 +118,15 @@ class Registry:
             ValueError: for an unknown name, or where the kernel refuses; ``"auto"`` lists every candidate's reasons.
             PluginError: where the kernel's own code crashes.
         """
+        key = name, request, torch.are_deterministic_algorithms_enabled()  # which some kernels refuse
         try:
-            return self._resolved[name, request]
+            return self._resolved[key]
         except KeyError:
             spec = self._choose(name, request)
             kernel = _of("kernel", spec.name, spec.load, self.kernels)
             if len(self._resolved) >= _MOST_RESOLVED:  # a run with other scenes in every row has no end of plans
                 self._resolved.clear()
-            self._resolved[name, request] = kernel
+            self._resolved[key] = kernel
             return kernel
 
     def check_kernel(self, name: str) -> str:
@@ -143,9 +145,10 @@ class Registry:
 
     def _choose(self, name: str, request: KernelRequest) -> KernelSpec:
         self.check_kernel(name)
-        ranked = (kernel for kernel, rank in self.ranks(request).items() if rank is not None)
-        reasons = []
-        for candidate in ranked if name == "auto" else [name]:
+        candidates, reasons = [name], []
+        if name == "auto":
+            candidates = [kernel for kernel, rank in self.ranks(request).items() if rank is not None]
+        for candidate in candidates:
             refusals = self.refusals(candidate, request)
             if not refusals:
                 return self._kernels[candidate]

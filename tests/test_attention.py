@@ -464,6 +464,21 @@ def test_a_rank_that_crashes_is_its_plugins():
     request = KernelRequest(GAPS, torch.device("cpu"), torch.float32, 2, 2, 8, False)
     with pytest.raises(PluginError, match=r"^kernel 'broken' is broken: AttributeError: .*no_such"):
         own.kernel("auto", request)
+    assert own.kernel("sdpa", request) is sdpa  # asked for by name, it is nobody else's trouble
+
+
+def test_turning_determinism_on_asks_the_kernels_again(monkeypatch):
+    def refusals(request):
+        return ["not deterministic"] if torch.are_deterministic_algorithms_enabled() else []
+
+    mine = use(monkeypatch, kernel_spec("mine", lambda q, k, v, plan, scale: q * 0, refusals=refusals, rank=1))
+    request = KernelRequest(GAPS, torch.device("cpu"), torch.float32, 2, 2, 8, False)
+    assert mine.kernel("auto", request) is not sdpa
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert mine.kernel("auto", request) is sdpa
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_auto_lists_every_candidates_reasons():

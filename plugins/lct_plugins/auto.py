@@ -5,7 +5,8 @@ query range, which serves everything. What is not in a row has to be asked for b
 
 Nothing here was measured for this library on a GPU yet: the rows follow published rates (FlashAttention-3,
 arXiv 2407.08608; MagiAttention's kernel benchmark; PyTorch's defaults), and no kernel that has none is in them. They
-change with results in ``benchmarks/results``, and with nothing else.
+change with results in ``benchmarks/results``, and with nothing else. No row depends on sizes or on gradients, since no
+result asks for it; a rank could, it is a function of the whole request.
 """
 
 from collections.abc import Callable
