@@ -1047,8 +1047,8 @@ def test_causal_runs_one_shot_at_a_time_and_its_history_once(with_global):
 @pytest.mark.parametrize("window", [1, 2, 9])
 def test_causal_makes_room_once(monkeypatch, guided, with_global, window):
     """For all shots at the first call of each branch, whose texts are longer in the negative one."""
-    rooms, make = [], cache_module._room
-    monkeypatch.setattr(cache_module, "_room", lambda x, keep, tokens: (rooms.append(tokens), make(x, keep, tokens))[1])
+    rooms, make = [], cache_module._buffer
+    monkeypatch.setattr(cache_module, "_buffer", lambda x, tokens: (rooms.append(tokens), make(x, tokens))[1])
     scene, watched = draw(*FOUR, with_global=with_global), Watched(scene_model())
     guidance = negatives() if guided else None
     causal(watched, scene, steps=1, guidance=guidance and guide(*guidance), history=recent(window))

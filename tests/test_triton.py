@@ -1,7 +1,6 @@
 import importlib.util
 import os
 import re
-import subprocess
 import sys
 from itertools import pairwise
 
@@ -89,8 +88,12 @@ def longest_run(visible):
 def check_tiles(tiles, visible, rows, columns):
     assert [i for tile in sorted(tiles) for i in range(*tile.own)] == list(range(len(visible)))
     assert all(a.seen.size >= b.seen.size for a, b in pairwise(tiles))
+    alone = ~visible.any(1)
+    joined = (visible[1:] & visible[:-1]).any(1) | (alone[1:] & alone[:-1])  # two neighbours, by what they see
     for own, seen, full in tiles:
         assert 0 < own.size <= rows
+        assert joined[own.start : own.stop - 1].all()
+        assert own.size == rows or own.stop == len(visible) or not joined[own.stop - 1]
         assert seen == bounds(visible[own.slice].any(0))
         assert seen.start <= full.start <= full.stop <= seen.stop
         assert visible[own.slice, full.slice].all()
@@ -127,13 +130,15 @@ def test_the_intervals_are_the_plan(plan):
     key = torch.arange(plan.keys)
     assert torch.equal((key >= start[:, None]) & (key < stop[:, None]), plan.dense())
     assert start.dtype == stop.dtype == torch.int32
+    assert start.data_ptr() % 16 == stop.data_ptr() % 16 == 0
 
 
-def test_tiles_of_packed_scenes_are_cut_over_the_row_and_not_per_shot():
+def test_tiles_of_packed_scenes_are_cut_per_scene_and_not_per_shot():
     plan = context_causal(Layout([[Shot(0, (1, 1, 10))] * 3, [Shot(0, (1, 1, 10))] * 3]))
-    assert sorted(tile.own for tile in query_tiles(plan, 16, 8)) == [(0, 16), (16, 32), (32, 48), (48, 60)]
-    assert max(query_tiles(plan, 16, 8)) == ((48, 60), (30, 60), (30, 46))
-    assert query_tiles(plan, 16, 8)[0].own == (16, 32)  # the heaviest: it sees both scenes
+    for tiles in (query_tiles(plan, 16, 8), key_tiles(plan, 16, 8)):
+        assert sorted(tile.own for tile in tiles) == [(0, 16), (16, 30), (30, 46), (46, 60)]
+    assert max(query_tiles(plan, 16, 8)) == ((46, 60), (30, 60), (30, 46))
+    assert max(key_tiles(plan, 16, 8)) == ((46, 60), (40, 60), (40, 40))
 
 
 # the specification
@@ -167,6 +172,28 @@ def test_the_specification_is_the_reference_in_float64(plan, sizes, heads, scale
 # the kernels, under Triton's interpreter
 
 
+def check_packing(pattern, scenes, **options):
+    """Every scene alone has the bits that it has in a row, also where all else in the row is NaN."""
+    layout = Layout(scenes)
+    row = pattern(layout)
+    tensors = draw(row, **options)
+
+    def run(plan, tensors):
+        inputs = [x.detach().requires_grad_() for x in tensors[:3]]
+        return suite._run(lambda *x: attend(*x, plan, kernel="triton"), inputs, tensors[3])
+
+    packed = run(row, tensors)
+    for scene, span in zip(scenes, layout.scene_spans, strict=True):
+        poisoned = [torch.full_like(x, float("nan")) for x in tensors]
+        for x, clean in zip(poisoned, tensors, strict=True):
+            x[:, span.slice] = clean[:, span.slice]
+        alone = run(pattern(Layout([scene])), [x[:, span.slice].contiguous() for x in tensors])
+        for a, p, q in zip(alone, packed, run(row, poisoned), strict=True):
+            assert a.isfinite().all()
+            assert torch.equal(p[:, span.slice], a)
+            assert torch.equal(q[:, span.slice], a)
+
+
 @pytest.fixture(scope="class")
 def interpreter():
     """Triton decides whether to interpret a kernel when it is defined: for these tests ours, and its own, are anew."""
@@ -178,9 +205,9 @@ def interpreter():
         patch.setenv("TRITON_INTERPRET", "1")
         for name, step in (("max", tl.standard._elementwise_max), ("sum", tl.standard._sum_combine)):
             patch.setattr(tl, name, lambda x, axis, step=step: tl.reduce(x, axis, step))
-        patch.setattr(triton_attention, "FLOAT32_TILES", Tiling(16, 16, 4, 1))
+        patch.setattr(triton_attention, "FLOAT32_TILES", Tiling(32, 16, 4, 1))
         for key in TILES:
-            patch.setitem(TILES, key, Tiling(16, 16, 4, 1))
+            patch.setitem(TILES, key, Tiling(32, 16, 4, 1))
         yield
     sys.modules.pop(KERNELS, None)
     if compiled is not None:
@@ -218,9 +245,12 @@ def check(plan, tensors, scale=0.3):
 @pytest.mark.usefixtures("interpreter")
 class TestInterpreted:
     @plans
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-    def test_outputs_and_gradients(self, plan, dtype):
-        check(plan, draw(plan, dtype=dtype))
+    def test_outputs_and_gradients(self, plan):
+        check(plan, draw(plan))
+
+    @pytest.mark.parametrize("plan", [CAUSAL, GAP], ids=["context-causal", "gap"])
+    def test_outputs_and_gradients_in_float16(self, plan):
+        check(plan, draw(plan, batch=1, dtype=torch.float16))
 
     @pytest.mark.parametrize("head_dim", [32, 64, 128])
     def test_grouped_heads_of_every_size(self, head_dim, monkeypatch):
@@ -290,6 +320,12 @@ class TestInterpreted:
         for gradient in got[2:]:
             assert (gradient[:, unseen] == 0).all()
 
+    @pytest.mark.filterwarnings("ignore:All-NaN slice")  # the interpreter's, of the scenes that are NaN
+    @pytest.mark.parametrize("pattern", [bidirectional, context_causal])
+    def test_packing_changes_no_bit_of_a_scene_and_brings_it_no_nan(self, pattern):
+        scenes = [[Shot(0, (1, 1, n)) for n in shots] for shots in ((5, 35), (18,), (33, 4))]
+        check_packing(pattern, scenes, batch=1)
+
     def test_a_shot_does_not_change_by_a_bit_when_later_shots_do(self):
         q, k, v, _ = draw(CAUSAL, batch=1)
         before = attend(q, k, v, CAUSAL, kernel="triton")
@@ -302,16 +338,16 @@ class TestInterpreted:
         assert torch.equal(after[:, untouched], before[:, untouched])
         assert not torch.equal(after[:, last], before[:, last])
 
-    @pytest.mark.parametrize("wanted", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 1)])
-    def test_gradients_of_some_inputs_are_those_of_all(self, wanted):
+    def test_gradients_of_some_inputs_are_those_of_all(self):
         plan = PLANS["a shot behind its history"]
         *inputs, dout = draw(plan, batch=1)
         every = check(plan, (*inputs, dout))[1:]
-        inputs = [x.requires_grad_(bool(w)) for x, w in zip(inputs, wanted, strict=True)]
-        out = attend(*inputs, plan, kernel="triton", scale=0.3)
-        some = torch.autograd.grad(out, [x for x in inputs if x.requires_grad], dout)
-        expected = [g for g, w in zip(every, wanted, strict=True) if w]
-        assert all(torch.equal(g, e) for g, e in zip(some, expected, strict=True))
+        for wanted in ((1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 1)):
+            some = [x.detach().requires_grad_(bool(w)) for x, w in zip(inputs, wanted, strict=True)]
+            out = attend(*some, plan, kernel="triton", scale=0.3)
+            got = torch.autograd.grad(out, [x for x in some if x.requires_grad], dout)
+            expected = [g for g, w in zip(every, wanted, strict=True) if w]
+            assert all(torch.equal(g, e) for g, e in zip(got, expected, strict=True)), wanted
 
     def test_no_kernel_runs_for_a_gradient_that_nobody_wants(self, monkeypatch):
         plan = PLANS["a shot behind its history"]
@@ -337,9 +373,8 @@ class TestInterpreted:
             check(plan, (*wide[..., :48].split(16, dim=3), dout))
 
     def test_conformance(self, monkeypatch):
-        served = {"context-causal": suite._plans()["context-causal"]}
+        served = {"behind": PLANS["two shots behind their history"]}
         monkeypatch.setattr(suite, "_plans", lambda: served)
-        monkeypatch.setattr(triton_attention, "FLOAT32_TILES", Tiling(128, 128, 4, 1))
         findings = list(suite.kernel_conformance("triton", dtypes=[torch.float32]))
         assert len(findings) == 2 * 4  # head counts; output and three gradients
         for finding in findings:
@@ -370,10 +405,13 @@ def request(plan=CAUSAL, device="cuda", dtype=torch.bfloat16, head_dim=128):
 
 REFUSED = {
     "device cpu: expected cuda": ("cpu", request(device="cpu", dtype=torch.float32)),
-    "sm_75: expected an NVIDIA GPU of sm_80 or later": ("sm_75", request()),
-    "cuda: expected an NVIDIA GPU": ("cuda", request()),
+    "hardware sm_75: expected an NVIDIA GPU of sm_80 or later; use sdpa": ("sm_75", request()),
+    "hardware cuda: expected an NVIDIA GPU": ("cuda", request()),
     "dtype torch.float64": ("sm_90", request(dtype=torch.float64)),
-    "sm_89: head_dim 128 takes more shared memory": ("sm_89", request()),
+    "hardware sm_89: expected one of sm_80, sm_90, sm_100, sm_103 for the shared memory": (
+        "sm_89",
+        request(),
+    ),
     "head_dim 96: expected one of (16, 32, 64, 128)": ("sm_90", request(head_dim=96)),
     "gathered plan": ("sm_90", request(plan=selected_history(SCENES, [[], [0], [0], [0, 2], []]))),
 }
@@ -409,9 +447,8 @@ def test_it_refuses_without_triton(monkeypatch):
 
 # the kernels, on a GPU
 
-RAGGED = context_causal(
-    Layout([[Shot(0, (1, 1, n)) for n in (700, 1, 333, 512)], [Shot(0, (1, 1, n)) for n in (90, 260)]])
-)
+RAGGED_SCENES = [[Shot(0, (1, 1, n)) for n in shots] for shots in ((700, 1, 333, 512), (90, 260))]
+RAGGED = context_causal(Layout(RAGGED_SCENES))
 
 
 class TestOnAGpu:
@@ -441,6 +478,28 @@ class TestOnAGpu:
         first, second = (check(RAGGED, tensors) for _ in range(2))
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
+    @pytest.mark.parametrize("head_dim", [64, 128])
+    def test_packing_changes_no_bit_of_a_scene_and_brings_it_no_nan(self, head_dim):
+        check_packing(context_causal, RAGGED_SCENES, head_dim=head_dim, dtype=torch.bfloat16, device="cuda")
+
+    def test_a_second_call_waits_for_no_copy(self):
+        *inputs, dout = draw(RAGGED, 4, 2, 64, dtype=torch.bfloat16, device="cuda")
+        inputs = [x.requires_grad_() for x in inputs]
+
+        def run():
+            return torch.autograd.grad(attend(*inputs, RAGGED, kernel="triton"), inputs, dout)
+
+        run()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            run()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+    def test_on_a_device_that_is_not_the_current_one(self):
+        check(RAGGED, draw(RAGGED, 4, 2, 64, dtype=torch.bfloat16, device="cuda:1"))
+
     def test_offsets_beyond_int32(self):
         if torch.cuda.get_device_properties(0).total_memory < 40 * 2**30:
             pytest.skip("needs 40 GB of memory")
@@ -456,7 +515,7 @@ class TestOnAGpu:
 # the kernels, launched on a Hopper GPU that need not be there
 
 #: Bytes of registers that a thread spills; the other kernels spill none.
-SPILLED = {(128, "keys_backward"): 24}
+SPILLED = {(128, "keys_backward"): 32}
 
 
 class _Hopper:
@@ -494,22 +553,21 @@ def launched(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_launches_compile_for_sm_90_with_tensor_cores_and_hardly_a_spill(head_dim, launched, tmp_path):
+def test_launches_compile_for_sm_90_with_tensor_cores_that_never_wait_and_hardly_a_spill(
+    head_dim, launched, monkeypatch, capsys
+):
     import triton
 
+    monkeypatch.setattr(triton.knobs.nvidia, "dump_ptxas_log", True)
     fused = torch.randn(1, CAUSAL.queries, 3, 24, head_dim, dtype=torch.bfloat16, requires_grad=True)
     out = triton_attention.triton_attention(*fused.unbind(2), CAUSAL, head_dim**-0.5)
     out.backward(torch.ones_like(out))
-    assert launched.pop("row_sums").asm["cubin"]
-    assert launched.keys() == {"forward", "queries_backward", "keys_backward"}
+    log = capsys.readouterr().out
+    stacks = dict(re.findall(r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame", log, re.DOTALL))
+    assert launched.keys() == stacks.keys() == {"forward", "row_sums", "queries_backward", "keys_backward"}
+    assert "wgmma" not in log  # no word that it was put in line or made to wait
     for name, kernel in launched.items():
-        assert "wgmma.mma_async" in kernel.asm["ptx"]
-        assert "cp.async" in kernel.asm["ptx"]
+        assert int(stacks[name]) <= SPILLED.get((head_dim, name), 0)
         assert kernel.metadata.shared <= 227 * 1024
-        cubin = tmp_path / f"{name}.cubin"
-        cubin.write_bytes(kernel.asm["cubin"])
-        tool = triton.knobs.nvidia.cuobjdump.path
-        usage = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
-        stack, local = (int(re.search(rf"{what}:(\d+)", usage)[1]) for what in ("STACK", "LOCAL"))
-        assert local == 0
-        assert stack <= SPILLED.get((head_dim, name), 0)
+        assert name == "row_sums" or "wgmma.mma_async" in kernel.asm["ptx"]
+        assert name == "row_sums" or "cp.async" in kernel.asm["ptx"]

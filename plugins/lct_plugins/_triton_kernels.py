@@ -402,23 +402,19 @@ def _over_queries(
             q = tl.load(q_base + q_offsets, mask=inside[:, None], other=0.0)
             do = tl.load(do_base + do_offsets, mask=inside[:, None], other=0.0)
             top = tl.load(lse_base + query, mask=inside, other=0.0) * _LOG2E
-            d = tl.load(delta_base + query, mask=inside, other=0.0)
         else:
             q = tl.load(q_base + q_offsets)
             do = tl.load(do_base + do_offsets)
             top = tl.load(lse_base + query) * _LOG2E
-            d = tl.load(delta_base + query)
-        # The sums are what the product starts from: fewer registers are alive than if they were subtracted from it.
-        dp = tl.broadcast_to(-d[None, :], [k.shape[0], COLUMNS])
-        dp = tl.dot(v, tl.trans(do), dp, input_precision="ieee")
         scores = tl.dot(k, tl.trans(q), input_precision="ieee") * scale - top[None, :]
         if MASKED:
             scores = tl.where(seen, scores, _LOWEST)
         p = tl.exp2(scores)
         dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
-        ds = p * dp
-        if MASKED:
-            ds = tl.where(seen, ds, 0.0)  # p is 0 already, but the values of keys that nobody sees may be NaN
+        dp = tl.dot(v, tl.trans(do), input_precision="ieee")
+        # only here: fewer registers are alive
+        d = tl.load(delta_base + query, mask=inside, other=0.0) if MASKED else tl.load(delta_base + query)
+        ds = p * (dp - d[None, :])
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
         q_base += COLUMNS * q_token
         do_base += COLUMNS * do_token

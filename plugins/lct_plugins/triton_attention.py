@@ -1,9 +1,10 @@
 """Our own Triton kernel: any plan in which every query sees one interval of keys, forward and backward.
 
 Context-causal attention of ragged shots, packed scenes and a shot behind its history are one launch forward and three
-backward, without a dense mask and without atomics. Queries are cut into tiles over the whole row, not per shot; a table
-made once for each plan tells every tile which keys it walks and which of these all of its queries see, and there the
-kernel has no mask at all. Heavy tiles run first, those of one head side by side.
+backward, without a dense mask and without atomics. Queries are cut into tiles per scene, not per shot: packed or alone,
+a scene has the same tiles and so the same bits. A table made once for each plan tells every tile which keys it walks
+and which of these all of its queries see, and there the kernel has no mask at all. Heavy tiles run first, those of one
+head side by side.
 
 Arithmetic: products of the inputs' dtype accumulated in float32, softmax in float32 (FlashAttention-2, Dao, arXiv
 2307.08691). :mod:`lct_plugins.triton_naive` is the same algorithm in plain torch, and the specification.
@@ -16,7 +17,7 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from functools import lru_cache
-from itertools import groupby
+from itertools import groupby, pairwise
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
@@ -64,7 +65,7 @@ class Tiling(NamedTuple):
 
 
 #: Launches in half precision by (head_dim, direction). Starting points, of the sizes that FlexAttention and Triton's
-#: tutorial take on Hopper, of which those were kept that compile for sm_90 with the fewest registers spilled. NOT
+#: tutorial take on Hopper, of which those were kept that compile for sm_90 with hardly a register spilled. NOT
 #: measured yet; ``benchmarks/tiles.py`` tries others.
 TILES: dict[tuple[int, Direction], Tiling] = {
     (16, "forward"): Tiling(64, 64, 4, 3),
@@ -102,11 +103,11 @@ class Tile(NamedTuple):
 def query_tiles(plan: AttentionPlan, rows: int, columns: int) -> list[Tile]:
     """Tiles of queries and the keys they see, heaviest first.
 
-    They are cut over the whole row, and anew only where the keys that a tile sees would have a gap: nothing in a gap is
-    ever read.
+    They are cut anew only between segments that share no key, such as two scenes: no tile reads a key that none of its
+    queries sees.
     """
     tiles = []
-    for run in _without_gaps(plan):
+    for run in _sharing_keys(plan):
         for own in _cut(run[0].queries.start, run[-1].queries.stop, rows):
             keys = [k for q, (k,) in run if q.start < own.stop and own.start < q.stop]
             seen = Range(min(k.start for k in keys), max(k.stop for k in keys))
@@ -116,15 +117,19 @@ def query_tiles(plan: AttentionPlan, rows: int, columns: int) -> list[Tile]:
 
 
 def key_tiles(plan: AttentionPlan, rows: int, columns: int) -> list[Tile]:
-    """Tiles of keys and the queries that see them, heaviest first; ``seen`` is empty for keys that nobody sees."""
+    """Tiles of keys and the queries that see them, heaviest first; ``seen`` is empty for keys that nobody sees.
+
+    They are cut anew only where no query sees both sides, such as between two scenes.
+    """
     tiles = []
-    for own in _cut(0, plan.keys, rows):
-        seeing = [q for q, (k,) in plan.segments if k.start < own.stop and own.start < k.stop]
-        seen = Range(seeing[0].start, seeing[-1].stop) if seeing else Range(0, 0)
-        by_all = groupby(plan.segments, key=lambda s: s.keys[0].start <= own.start and own.stop <= s.keys[0].stop)
-        runs = [[q for q, _ in run] for whole, run in by_all if whole]
-        common = max((Range(run[0].start, run[-1].stop) for run in runs), key=lambda r: r.size, default=Range(0, 0))
-        tiles.append(Tile(own, seen, _whole_chunks(common, seen, columns)))
+    for together in _seen_together(plan):
+        for own in _cut(*together, rows):
+            seeing = [q for q, (k,) in plan.segments if k.start < own.stop and own.start < k.stop]
+            seen = Range(seeing[0].start, seeing[-1].stop) if seeing else Range(0, 0)
+            by_all = groupby(plan.segments, key=lambda s: s.keys[0].start <= own.start and own.stop <= s.keys[0].stop)
+            runs = [[q for q, _ in run] for whole, run in by_all if whole]
+            common = max((Range(run[0].start, run[-1].stop) for run in runs), key=lambda r: r.size, default=Range(0, 0))
+            tiles.append(Tile(own, seen, _whole_chunks(common, seen, columns)))
     return sorted(tiles, key=lambda tile: -tile.seen.size)
 
 
@@ -222,17 +227,27 @@ def _backward(
     return dq, dk, dv
 
 
-def _without_gaps(plan: AttentionPlan) -> Iterator[list[Segment]]:
-    """Runs of segments whose key intervals, one after the other, touch or overlap."""
+def _sharing_keys(plan: AttentionPlan) -> Iterator[list[Segment]]:
+    """Runs of segments each of which sees some key that the one before it sees."""
     run: list[Segment] = []
     for segment in plan.segments:
         if run:
             (before,), (after,) = run[-1].keys, segment.keys
-            if after.start > before.stop or before.start > after.stop:
+            if after.start >= before.stop or before.start >= after.stop:
                 yield run
                 run = []
         run.append(segment)
     yield run
+
+
+def _seen_together(plan: AttentionPlan) -> Iterator[Range]:
+    """The key space, cut wherever key intervals end and none goes on, and around keys that nobody sees."""
+    end, cuts = 0, {0, plan.keys}
+    for start, stop in sorted(keys for _, (keys,) in plan.segments):
+        if start >= end:
+            cuts |= {end, start}
+        end = max(end, stop)
+    return (Range(*cut) for cut in pairwise(sorted(cuts | {end})))
 
 
 def _cut(start: int, stop: int, size: int) -> Iterator[Range]:
@@ -258,9 +273,13 @@ def _table(plan: AttentionPlan, device: torch.device, direction: Direction, rows
 def _intervals(plan: AttentionPlan, device: torch.device) -> tuple[Tensor, Tensor]:
     """Where every query's keys start and stop: int32 ``[queries]`` each."""
     sizes = torch.tensor([q.size for q, _ in plan.segments], device=device)
-    ends = torch.tensor([k for _, (k,) in plan.segments], dtype=torch.int32, device=device)
-    start, stop = ends.repeat_interleave(sizes, dim=0, output_size=plan.queries).T.contiguous()
-    return start, stop
+    # two allocations: were stops a view behind starts, whether they are aligned, for which Triton compiles a kernel
+    # of its own, would depend on the number of queries
+    starts, stops = (
+        torch.tensor(ends, dtype=torch.int32, device=device).repeat_interleave(sizes, output_size=plan.queries)
+        for ends in zip(*(keys for _, (keys,) in plan.segments), strict=True)
+    )
+    return starts, stops
 
 
 def _tiling(q: Tensor, direction: Direction) -> Tiling:
@@ -302,15 +321,20 @@ def _refusals(request: KernelRequest) -> list[str]:
             f"device {request.device.type}: expected cuda, or Triton's interpreter (TRITON_INTERPRET=1 at the start)"
         )
     elif not hardware.startswith("sm_") or int(hardware[3:]) < 80:
-        reasons.append(f"{hardware}: expected an NVIDIA GPU of sm_80 or later")
+        reasons.append(f"hardware {hardware}: expected an NVIDIA GPU of sm_80 or later; use sdpa")
     elif request.head_dim == 128 and hardware not in _ROOMY:
-        reasons.append(f"{hardware}: head_dim 128 takes more shared memory than it has; expected one of {_ROOMY}")
+        reasons.append(
+            f"hardware {hardware}: expected one of {', '.join(_ROOMY)} for the shared memory that head_dim 128 takes; "
+            "use sdpa"
+        )
     if request.dtype not in _DTYPES:
-        reasons.append(f"dtype {request.dtype}: expected float32, float16 or bfloat16")
+        reasons.append(f"dtype {request.dtype}: expected float32, float16 or bfloat16; cast q, k and v or use sdpa")
     if request.head_dim not in _HEAD_DIMS:
-        reasons.append(f"head_dim {request.head_dim}: expected one of {_HEAD_DIMS}")
+        reasons.append(f"head_dim {request.head_dim}: expected one of {_HEAD_DIMS}; use sdpa")
     if request.plan.form == "gathered":
-        reasons.append("gathered plan: the kernel holds one interval of keys per query, and some query sees several")
+        reasons.append(
+            "gathered plan: expected one interval of keys for every query, and some query sees several; use sdpa"
+        )
     return reasons
 
 
