@@ -1,17 +1,14 @@
-"""Whether anything became slower: ``python -m benchmarks.compare OLD NEW``, two result files or two folders of them.
+"""Whether anything became slower, between two result files or two folders of them: ``lct bench compare OLD NEW``.
 
 Rates are compared as shares of the matrix product of their own run, so that another clock is no change; times as they
 are where there is no rate or no matrix product.
 """
 
-import argparse
-import json
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.report import load, of_gemm
+from benchmarks.report import load, of_gemm, read
 
 Record = dict[str, Any]
 
@@ -51,7 +48,7 @@ def compare(old: Path, new: Path, *, tolerance: float = TOLERANCE, anyway: bool 
         anyway: Compare what there is in both, on whatever device and in whatever shape.
 
     Raises:
-        ValueError: where the two differ in device, cases or shapes, naming what does.
+        ValueError: where the two differ in device, cases or shapes, naming what does; for a file that is no result.
         OSError: where there is nothing to read.
     """
     before, after = _read(old), _read(new)
@@ -85,11 +82,7 @@ def render(changes: Sequence[Change]) -> str:
 
 
 def _read(path: Path) -> dict[str, Record]:
-    records = load(path) if path.is_dir() else [json.loads(path.read_text())]
-    for record in records:
-        if not isinstance(record, dict) or not {"name", "machine", "shape", "times"} <= record.keys():
-            raise ValueError(f"{path}: expected results of benchmarks, as make bench writes them")
-    return {record["name"]: record for record in records}
+    return {record["name"]: record for record in (load(path) if path.is_dir() else [read(path)])}
 
 
 def _differences(before: Mapping[str, Record], after: Mapping[str, Record]) -> list[str]:
@@ -120,24 +113,3 @@ def _change(before: Record, after: Record, name: str, tolerance: float) -> Chang
     # a spread in units of its own median: what is left of the speed at the fast end of the new and the slow of the old
     nearest = unit * (new["seconds"] / new["low"]) / (old["seconds"] / old["high"])
     return Change(case, name, unit, by, unit < 1 - tolerance and nearest < 1)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The exit code: 1 where anything is slower, 2 where the two can't be compared."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.compare", description=__doc__)
-    parser.add_argument("old", type=Path)
-    parser.add_argument("new", type=Path)
-    parser.add_argument("--tolerance", type=float, default=TOLERANCE)
-    parser.add_argument("--anyway", action="store_true", help="whatever differs")
-    given = parser.parse_args(arguments)
-    try:
-        changes = compare(given.old, given.new, tolerance=given.tolerance, anyway=given.anyway)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(render(changes))
-    return int(any(change.slower for change in changes))
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -39,7 +39,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: Iterable[pytest.
         elif not again and isinstance(case := _case(item), Case):
             found = harness.standing(case, harness.RESULTS)
             if found and found["times"]:
-                item.add_marker(pytest.mark.skip(reason="its result stands; --fresh measures it again"))
+                losses = f", with losses: {', '.join(found['lost'])}" if found["lost"] else ""
+                item.add_marker(pytest.mark.skip(reason=f"its result stands{losses}; --fresh measures it again"))
 
 
 def _case(item: pytest.Item) -> object:

@@ -3,21 +3,17 @@
 The operations are those of the 3B model at the paper's size, counted; the latencies are those that were measured.
 """
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
 import torch
-from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 
 from benchmarks.generation_cost import MODES, PAPER_SHOT, PAPER_STEPS, cost, label, scene_of
 from benchmarks.harness import RESULTS
-from benchmarks.report import COLOURS
+from benchmarks.report import COLOURS, read
 from lct_backbones.mmdit import PAPER_3B, MMDiT
 
 #: How the modes are drawn.
@@ -31,20 +27,20 @@ STYLES: dict[str, dict[str, Any]] = {
 
 def main(folder: Path = RESULTS) -> None:
     """Write ``figure1.png`` beside the results."""
-    records = [json.loads(path.read_text()) for path in sorted(folder.glob("generation-*.json"))]
+    records = [read(path) for path in sorted(folder.glob("generation-*.json"))]
     if not records:
         raise SystemExit(
             f"{folder}: no latencies, expected generation-*.json; measure first: pytest benchmarks/test_generation.py"
         )
     panels = 1 + len(records)
-    figure, axes = plt.subplots(1, panels, figsize=(5.2 * panels, 4.4), layout="constrained")
+    figure = Figure(figsize=(5.2 * panels, 4.4), layout="constrained")
+    axes = figure.subplots(1, panels)
     figure.get_layout_engine().set(wspace=0.05)
     _operations(axes[0])
     for ax, record in zip(axes[1:], records, strict=True):
         _latencies(ax, record)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(STYLES), frameon=False)
     figure.savefig(folder / "figure1.png", dpi=160)
-    plt.close(figure)
 
 
 def _operations(ax: Any) -> None:
@@ -61,10 +57,11 @@ def _operations(ax: Any) -> None:
 def _latencies(ax: Any, record: dict[str, Any]) -> None:
     shape, machine = record["shape"], record["machine"]
     for mode in STYLES:
-        times = [record["times"][label(mode, n)] for n in shape["shots"]]
+        shots = [n for n in shape["shots"] if label(mode, n) in record["times"]]
+        times = [record["times"][label(mode, n)] for n in shots]
         middle = [t["seconds"] for t in times]
         spread = [[t["seconds"] - t["low"] for t in times], [t["high"] - t["seconds"] for t in times]]
-        ax.errorbar(shape["shots"], middle, spread, marker=".", capsize=2, **STYLES[mode])
+        ax.errorbar(shots, middle, spread, marker=".", capsize=2, **STYLES[mode])
     where = machine.get("gpu", f"{machine['cpu']}, {machine['threads']} threads")
     what = f"{_what(shape['parameters'], shape['tokens'], shape['steps'])}, {shape['dtype']}"
     _dress(ax, f"Latency, measured on {where}\n{what}", "seconds for a scene")

@@ -3,19 +3,18 @@
 import hashlib
 import json
 import math
-import os
 import platform
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cache, partial
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
-from itertools import cycle
+from itertools import accumulate, cycle
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,12 +26,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.cases import BEHIND, COMPILED, Case, Goal, row
 from lct_core import KernelRequest, PluginError, attend, registry
-
-#: cuDNN makes a plan for every length of a sequence, each in a good part of a second; so told, it makes one for all.
-#: For this process alone; what is set outside stands, and what is set is recorded.
-SETTINGS = {"TORCH_CUDNN_SDPA_AVOID_RECOMPILE": "1"}
-for _name, _value in SETTINGS.items():
-    os.environ.setdefault(_name, _value)
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -50,13 +43,14 @@ PACKAGES = (
     "xformers",
     "magi-attention",
     "nvidia-cudnn-frontend",
+    "nvidia-cutlass-dsl",
 )
 
 #: The roofline: sides of the square matrices that are multiplied, and bytes that are copied, many times any cache.
 MULTIPLIED = {"cpu": 2048, "cuda": 8192}
 COPIED = {"cpu": 2**28, "cuda": 2**31}
 
-FEWEST_ROUNDS = 3
+FEWEST_ROUNDS = 2  # both orders
 PATIENCE = 4  # budgets that a first call may take
 WARM = 0.5  # seconds of a GPU's work before the first round
 
@@ -110,14 +104,26 @@ class Wrong(Exception):
     """A kernel's error is above its bound."""
 
 
+class Failed(Exception):
+    """A contender, by its name, has raised while it was timed."""
+
+
 class DeviceLost(Exception):
-    """A kernel has left the GPU unusable to this process; ``record`` is what is known of the case, with the culprit."""
+    """The GPU is unusable to this process; ``record`` is what is known of the case, with the culprit if it is known."""
 
     def __init__(self, record: dict[str, Any]) -> None:
-        super().__init__(
-            f"{record['name']}: the GPU is lost to this process; run again, to go on without: {record['lost']}"
-        )
+        super().__init__(f"{record['name']}: the GPU is lost to this process; kernels that failed: {record['lost']}")
         self.record = record
+
+
+class Passes(NamedTuple):
+    """An attention: ``forward(q, k, v)`` gives the output, first, and what else its backward pass takes.
+
+    ``backward(saved, (q, k, v), dout)``, with what that gave, is the three gradients.
+    """
+
+    forward: Callable[..., tuple[Tensor, ...]]
+    backward: Callable[..., Sequence[Tensor]]
 
 
 def interleave(
@@ -132,7 +138,10 @@ def interleave(
         warmup: Rounds that do not count.
         rounds: Rounds that count.
         device: ``"cuda"`` takes the time between CUDA events, behind a cleared L2 cache.
-        budget: Seconds; there are as many rounds as fit, by what the first took, of `rounds`, but three at least.
+        budget: Seconds; there are as many rounds as fit, by what the first took, of `rounds`, but two at least.
+
+    Raises:
+        Failed: for a contender that raises.
     """
     clock = _clock(device)
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
@@ -140,7 +149,7 @@ def interleave(
     while i < warmup + rounds:
         begin = time.perf_counter()
         for name in list(contenders)[:: -1 if i % 2 else 1]:
-            elapsed = clock(contenders[name].prepare())
+            elapsed = _timed(name, contenders[name], clock)
             if i >= warmup:
                 seconds[name].append(elapsed)
         if budget is not None and i == warmup:
@@ -178,7 +187,8 @@ def measured(seconds: Mapping[str, list[float]], contenders: Mapping[str, Conten
 def measure(case: Case, *, kernels: Sequence[str] = (), lost: Mapping[str, str] | None = None) -> dict[str, Any]:
     """A case's record: every kernel that takes part, behind its gate, beside the peers of the case's goals.
 
-    A kernel that is wrong, or raises, is left out of the timing, and the record says why.
+    A kernel that is wrong, or raises, is left out of the timing, and the record says why. Wrong is also one whose first
+    result at full size is farther from the first contender's than the bounds of both gates together.
 
     Args:
         case: What to measure.
@@ -186,7 +196,7 @@ def measure(case: Case, *, kernels: Sequence[str] = (), lost: Mapping[str, str] 
         lost: Kernels that are left out from the start, with the reason.
 
     Raises:
-        DeviceLost: for a kernel after whose error nothing runs on the GPU in this process.
+        DeviceLost: where nothing runs on the GPU in this process, from the start or after a kernel's error.
     """
     machine(case.device)  # asked while the GPU answers: what is asked once is known
     lost = dict(lost or {})
@@ -198,6 +208,10 @@ def measure(case: Case, *, kernels: Sequence[str] = (), lost: Mapping[str, str] 
         record, case.name, device=case.device, shape=case.shape, warmup=case.warmup, auto=auto, refusals=refusals
     )
 
+    def check_alive(cause: BaseException | None = None) -> None:
+        if not alive(case.device):
+            raise DeviceLost(publish(rounds=0, times={}, comparisons=[], lost=lost, gates={})) from cause
+
     def attempt(name: str, call: Callable[[], Any]) -> Any:
         try:
             value = call()
@@ -206,38 +220,59 @@ def measure(case: Case, *, kernels: Sequence[str] = (), lost: Mapping[str, str] 
         except Wrong as error:
             lost[name] = f"wrong: {error}"
         except Exception as error:
-            lost[name] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:300]}"
-            if not _alive(case.device):
-                raise DeviceLost(publish(rounds=0, times={}, comparisons=[], lost=lost, gates={})) from error
+            lost[name] = in_words(error)
+            check_alive(error)
         return None
 
+    check_alive()  # what ended it before this case is none of its kernels
     gated = [name for name in [*names, *peers] if name not in (*lost, "dense", "masked")]
-    gates = {name: attempt(name, partial(check, case, name)) for name in gated}
+    gates = {name: dict(gate) for name in gated if (gate := attempt(name, partial(check, case, name)))}
     torch.compiler.reset()  # so that what is compiled is compiled for this shape, not for any
-    tensors = cache(attention_tensors)
-    contenders = {}
-    for name in [*names, *peers]:
-        if name not in lost and (made := attempt(name, partial(_contender, case, name, tensors))):
-            attempt(name, partial(_first, case, name, made))
-            contenders |= {} if name in lost else {name: made}
-    contenders |= {"gemm": _gemm(case), "copy": _copy(case)}
-    if case.device == "cuda":
-        _warm(contenders)
-    with Running(case.device) as running:
-        seconds = interleave(contenders, warmup=case.warmup, rounds=case.rounds, device=case.device, budget=case.budget)
+    tensors, first, standards = cache(_given), {}, {}
+
+    def begin(name: str) -> Contender:
+        asked = _asked(case, name)
+        contender = _contender(asked, name, tensors)
+        first[name], results = _first(case, contender)
+        if case.budget is not None and name not in COMPILED and first[name] > PATIENCE * case.budget:
+            raise TimeoutError(f"its first call took {first[name]:.3g} s, more than {PATIENCE * case.budget:.3g}")
+        if name in gates:
+            standard, expected = standards.setdefault(asked, (name, results))
+            if standard != name:
+                gates[name]["difference"] = _difference(asked, (name, results), (standard, expected))
+        return contender
+
+    order = sorted([*names, *peers], key=lambda name: name != "sdpa")  # by which, if it takes part, others are checked
+    contenders = {
+        name: contender for name in order if name not in lost and (contender := attempt(name, partial(begin, name)))
+    }
+    standards.clear()
+    for name, contender in (("gemm", _gemm(case)), ("copy", _copy(case))):
+        contenders[name] = contender
+        first[name], _ = _first(case, contender)
+    try:
+        with Running(case.device) as running:
+            if case.device == "cuda":
+                _warm(contenders)
+            seconds = interleave(
+                contenders, warmup=case.warmup, rounds=case.rounds, device=case.device, budget=case.budget
+            )
+    except Failed as failure:
+        lost[str(failure)] = in_words(failure.__cause__)
+        check_alive(failure)
+        raise
     times = measured(seconds, contenders)
     return publish(
         rounds=len(seconds["gemm"]),
-        times=times,
+        times={name: t | {"first": first[name]} for name, t in times.items()},
         comparisons=_comparisons(case, auto, names, seconds, contenders),
         lost=lost,
-        gates={name: gate for name, gate in gates.items() if gate},
+        gates={name: gate for name, gate in gates.items() if name not in lost},
         roofline={
             "gemm_gflops_per_second": times["gemm"]["gflops_per_second"],
             "copy_gigabytes_per_second": 2 * COPIED[case.device] / times["copy"]["seconds"] / 1e9,
         },
         running=running.estimates(),
-        settings={name: os.environ[name] for name in SETTINGS},
     )
 
 
@@ -264,7 +299,8 @@ def serving(case: Case, kernels: Sequence[str] = ()) -> tuple[str, list[str], di
     reasons = {name: _reasons(name, request) for name in ranks}
     able = [name for name, refusals in reasons.items() if not refusals]
     auto = next(name for name in able if ranks[name] is not None)
-    named = {auto, *(name for goal in case.goals for name in (goal.peer, goal.subject))}
+    holding = [goal for goal in case.goals if goal.without not in able]
+    named = {auto, *(name for goal in holding for name in (goal.peer, goal.subject))}
     if kernels:
         chosen = {registry().check_kernel(name) for name in kernels}
         chosen = {auto if name == "auto" else name for name in chosen}
@@ -326,40 +362,58 @@ def check(case: Case, name: str) -> dict[str, float]:
     relative to its largest entry.
 
     Returns:
-        The worst error, and the bound it was held to.
+        The error that is closest to its bound, and that bound.
 
     Raises:
         Wrong: for a kernel that is; nothing of it is then timed.
     """
-    return _check(_asked(case, name).gate, name)
+    _, error, bound = max(_check(_asked(case, name).gate, name), key=lambda found: found[1] / found[2])
+    return {"error": error, "bound": bound}
 
 
 @cache
-def _check(case: Case, name: str) -> dict[str, float]:
+def _check(case: Case, name: str) -> list[tuple[str, float, float]]:
+    """What comes out, with its error and bound: the output and, where the case has a direction backward, gradients."""
     tensors, plan = attention_tensors(case), case.plan
-    exact = _outputs(tensors, lambda q, k, v: attend(q, k, v, plan, kernel="reference"), double=True)
+    definition = _by_autograd(lambda q, k, v: attend(q, k, v, plan, kernel="reference"))
+    exact = _outputs(tensors, definition, double=True)
     with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH, SDPBackend.FLASH_ATTENTION]):
-        plain = _outputs(tensors, _runner(case, "masked"))  # cuDNN's gradients with a mask can be NaN
+        plain = _outputs(tensors, _passes(case, "masked"))  # cuDNN's gradients with a mask can be NaN
     torch.compiler.reset()
-    ours = _outputs(tensors, _runner(case, name))
-    worst = {"error": 0.0, "bound": 0.0}
+    ours = _outputs(tensors, _passes(case, name))
+    found = []
     for what, want, reference, got in zip(("out", "dq", "dk", "dv"), exact, plain, ours, strict=False):
         error, bound = _error(got, want), 2 * _error(reference, want)
         if not error <= bound:
             raise Wrong(f"the error of {what} is {error:.2e}, more than {bound:.2e}")
-        if error >= worst["error"]:
-            worst = {"error": error, "bound": bound}
-    return worst
+        found.append((what, error, bound))
+    return found
 
 
-def _outputs(tensors: Sequence[Tensor], run: Callable[..., Tensor], *, double: bool = False) -> list[Tensor]:
+def _outputs(tensors: Sequence[Tensor], passes: Passes, *, double: bool = False) -> list[Tensor]:
     """The output, and the gradients where the tensors want them."""
     grad = tensors[0].requires_grad
-    q, k, v = (x.detach().to(torch.float64 if double else x.dtype).requires_grad_(grad) for x in tensors)
-    out = run(q, k, v)
-    if not grad:
-        return [out]
-    return [out.detach(), *torch.autograd.grad(out, (q, k, v), q.detach())]
+    given = [x.detach().to(torch.float64 if double else x.dtype).requires_grad_(grad) for x in tensors]
+    saved = passes.forward(*given)
+    return [saved[0].detach(), *(passes.backward(saved, given, given[0].detach()) if grad else ())]
+
+
+def _difference(case: Case, got: tuple[str, Sequence[Tensor]], want: tuple[str, Sequence[Tensor]]) -> float:
+    """The largest difference of two contenders' results, each relative to its largest entry.
+
+    Raises:
+        Wrong: where one is more than both gates allow.
+    """
+    bounds = (_check(case.gate, name)[-len(results) :] for name, results in (got, want))
+    worst = 0.0
+    for (what, _, bound), (*_, other), ours, theirs in zip(*bounds, got[1], want[1], strict=True):
+        difference = float((ours - theirs).abs_().max() / theirs.abs().max())
+        if not difference <= bound + other:
+            raise Wrong(
+                f"at full size {what} differs from that of {want[0]} by {difference:.2e}, more than {bound + other:.2e}"
+            )
+        worst = max(worst, difference)
+    return worst
 
 
 def _error(got: Tensor, want: Tensor) -> float:
@@ -379,71 +433,96 @@ def attention_tensors(case: Case) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
+def _given(case: Case) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor | None]:
+    """Queries, keys and values, and the gradient of the output where there is a direction backward."""
+    if case.direction == "forward":
+        return attention_tensors(case), None
+    generator = torch.Generator(case.device).manual_seed(1)
+    shape = 1, case.plan.queries, case.heads, case.head_dim
+    return attention_tensors(case), torch.randn(shape, dtype=case.dtype, device=case.device, generator=generator)
+
+
 def _asked(case: Case, name: str) -> Case:
-    """What a contender is asked for: a raw one, where the case is not dense, for a square of as many pairs."""
-    if not name.startswith("raw-") or case.plan.form == "dense":
+    """What a contender is asked for: a raw one, where it has no call for the case, for a square of as many pairs."""
+    whole = ("dense", "packed") if name == "raw-flash3" else ("dense",)
+    if not name.startswith("raw-") or case.plan.form in whole:
         return case
     tokens = 128 * max(1, round(math.sqrt(case.plan.pairs) / 128))
     return replace(case, layout=row([tokens]), pattern="bidirectional", last_shot=False)
 
 
-def _contender(case: Case, name: str, tensors: Callable[[Case], Sequence[Tensor]]) -> Contender:
-    case = _asked(case, name)
+def _contender(case: Case, name: str, given: Callable[[Case], tuple[Sequence[Tensor], Tensor | None]]) -> Contender:
+    """Backward, the forward pass is kept, but not of what is compiled, which gives away what it saved."""
     flops = case.cost(case.plan.queries * case.plan.keys) if name == "dense" else case.flops
-    keep = name not in COMPILED  # they give away what is saved for their backward pass
-    return Contender(_prepare(case, tensors(case), _runner(case, name), keep=keep), flops)
+    keep = case.direction == "backward" and name not in COMPILED
+    passes, (tensors, dout), kept = _passes(case, name, keep=keep), given(case), []
 
-
-def _first(case: Case, name: str, contender: Contender) -> None:
-    """The first call, which compiles, plans and allocates.
-
-    Raises:
-        TimeoutError: for one that would take the time of all others.
-    """
-    begin = time.perf_counter()
-    contender.prepare()()
-    _synchronize(case.device)
-    taken = time.perf_counter() - begin
-    if case.budget is not None and name not in COMPILED and taken > PATIENCE * case.budget:
-        raise TimeoutError(f"its first call took {taken:.3g} s, more than {PATIENCE * case.budget:.3g}")
-
-
-def _runner(case: Case, name: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """A kernel of the registry, or a peer, as a function of queries, keys and values.
-
-    Raw FA3 is its own function; a bundled FA3 has none, and stands under the kernel ``flash3`` with a dense plan.
-    """
-    plan = case.plan
-    if name == "dense":
-        return _sdpa
-    if name == "masked":
-        return partial(_sdpa, mask=plan.dense(device=case.device))
-    if name == "raw-cudnn":
-        return _raw_cudnn
-    if name == "raw-flash3":
-        return _raw_flash3 if find_spec("flash_attn_interface") else partial(attend, plan=plan, kernel="flash3")
-    return lambda q, k, v: attend(q, k, v, plan, kernel=name)
-
-
-def _prepare(
-    case: Case, tensors: Sequence[Tensor], run: Callable[..., Tensor], *, keep: bool = True
-) -> Callable[[], Run]:
-    """What is timed of an attention in the case's direction; backward, its forward pass is kept where it may be."""
-    upstream = torch.randn_like(tensors[0])
-    kept: list[Tensor] = []
-
-    def both() -> object:
-        return torch.autograd.grad(run(*tensors), tensors, upstream)
+    def forward() -> tuple[Tensor, ...]:
+        saved = kept[0] if kept else passes.forward(*tensors)
+        if keep and not kept:
+            kept.append(saved)
+        return saved
 
     def backward() -> Run:
-        out = kept[0] if kept else run(*tensors)
-        if keep and not kept:
-            kept.append(out)
-        return lambda: torch.autograd.grad(out, tensors, upstream, retain_graph=keep)
+        saved = forward()
+        return lambda: passes.backward(saved, tensors, dout)
 
-    if case.direction == "forward":
-        return lambda: lambda: run(*tensors)
-    return backward if case.direction == "backward" else lambda: both
+    runs: dict[str, Callable[[], Run]] = {
+        "forward": lambda: lambda: forward()[:1],
+        "backward": backward,
+        "forward+backward": lambda: lambda: backward()(),
+    }
+    return Contender(runs[case.direction], flops)
+
+
+def _first(case: Case, contender: Contender) -> tuple[float, Any]:
+    """The seconds of the first call, which compiles, plans and allocates, and what it gives."""
+    begin = time.perf_counter()
+    results = contender.prepare()()
+    _synchronize(case.device)
+    return time.perf_counter() - begin, results
+
+
+def _passes(case: Case, name: str, *, keep: bool = False) -> Passes:
+    """A kernel of the registry, or a peer; with `keep`, its backward pass can be run again."""
+    plan = case.plan
+    if name == "raw-flash3":
+        return _raw_flash3(case)
+    peers = {"dense": _sdpa, "raw-cudnn": _raw_cudnn}
+    if name == "masked":
+        peers["masked"] = partial(_sdpa, mask=plan.dense(device=case.device))
+    return _by_autograd(peers.get(name, lambda q, k, v: attend(q, k, v, plan, kernel=name)), keep=keep)
+
+
+def _by_autograd(run: Callable[[Tensor, Tensor, Tensor], Tensor], *, keep: bool = False) -> Passes:
+    return Passes(
+        lambda *tensors: (run(*tensors),),
+        lambda saved, tensors, dout: torch.autograd.grad(saved[0], tensors, dout, retain_graph=keep),
+    )
+
+
+def _raw_flash3(case: Case) -> Passes:
+    """FA3's own functions, without autograd and without a plan; scenes that lie side by side are its sequences."""
+    registry().kernels["flash3"].load()  # and with it the library
+    flash, scale, sequences = import_module("lct_plugins.flash"), case.head_dim**-0.5, None
+    if case.plan.form == "packed":
+        sizes = [segment.queries.size for segment in case.plan.segments]
+        ends = torch.tensor([*accumulate(sizes, initial=0)], dtype=torch.int32, device=case.device)
+        sequences = flash.Sequences(ends, ends, None, max(sizes), max(sizes))
+
+    def shaped(*tensors: Tensor) -> list[Tensor]:
+        return [x.detach() if sequences is None else x.detach()[0] for x in tensors]
+
+    def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        out, lse = flash.forward3(*shaped(q, k, v), sequences, scale)
+        return out.view(q.shape), lse
+
+    def backward(saved: Sequence[Tensor], tensors: Sequence[Tensor], dout: Tensor) -> list[Tensor]:
+        out, lse = saved
+        shares = flash.backward3(*shaped(dout, *tensors, out), lse, sequences, scale)
+        return [share.view(x.shape) for share, x in zip(shares, tensors, strict=True)]
+
+    return Passes(forward, backward)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -455,13 +534,6 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor
 def _raw_cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
         return _sdpa(q, k, v)
-
-
-def _raw_flash3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    from flash_attn_interface import flash_attn_func
-
-    out = flash_attn_func(q, k, v)
-    return out[0] if isinstance(out, tuple) else out  # older releases return the log-sum-exp too
 
 
 def _gemm(case: Case) -> Contender:
@@ -478,10 +550,10 @@ def _copy(case: Case) -> Contender:
 
 def _warm(contenders: Mapping[str, Contender]) -> None:
     spent = 0.0
-    for contender in cycle(contenders.values()):
+    for name, contender in cycle(contenders.items()):
         if spent >= WARM:
             return
-        spent += _cuda_seconds(contender.prepare())
+        spent += _timed(name, contender, _cuda_seconds)
 
 
 def _synchronize(device: str) -> None:
@@ -489,13 +561,25 @@ def _synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def _alive(device: str) -> bool:
+def alive(device: str) -> bool:
     """Whether the device still answers; an illegal memory access ends all use of a GPU by its process."""
     try:
         _synchronize(device)
     except RuntimeError:
         return False
     return True
+
+
+def in_words(error: BaseException | None) -> str:
+    """A class and the first line of what it says."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:300]}"
+
+
+def _timed(name: str, contender: Contender, clock: Callable[[Run], float]) -> float:
+    try:
+        return clock(contender.prepare())
+    except Exception as error:
+        raise Failed(name) from error
 
 
 def _clock(device: str) -> Callable[[Run], float]:
@@ -524,33 +608,33 @@ RUNNING = {"clocks.sm": "sm_clock_megahertz", "power.draw": "power_watts"}
 
 
 class Running:
-    """The SM clock and power of a GPU while something runs, asked for a few times a second."""
+    """The SM clock and power of a GPU while something runs, five times a second."""
 
     def __init__(self, device: str) -> None:
-        self._samples: list[list[float]] = []
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._sample, daemon=True) if device == "cuda" else None
+        self._device = device
+        self._process: subprocess.Popen[str] | None = None
+        self._told = ""
 
     def __enter__(self) -> "Running":
-        if self._thread:
-            self._thread.start()
+        if self._device == "cuda":
+            with suppress(OSError):  # what no driver tells is not recorded
+                self._process = subprocess.Popen(
+                    [*_nvidia_smi(*RUNNING), "--loop-ms=200"], stdout=subprocess.PIPE, text=True
+                )
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._stopped.set()
-        if self._thread:
-            self._thread.join()
-
-    def _sample(self) -> None:
-        while not self._stopped.wait(0.2):
-            try:
-                self._samples.append([float(value) for value in _nvidia_smi(*RUNNING)])
-            except (OSError, subprocess.CalledProcessError, ValueError):
-                return  # what the driver does not tell is not recorded
+        if self._process:
+            self._process.terminate()
+            self._told, _ = self._process.communicate()
 
     def estimates(self) -> dict[str, dict[str, float]]:
         """Median and spread of each."""
-        columns = zip(*self._samples, strict=True)
+        samples = []
+        for line in self._told.split("\n")[:-1]:  # the last may have been cut off
+            with suppress(ValueError):
+                samples.append([float(value) for value in line.split(", ")])
+        columns = zip(*samples, strict=True)
         return {name: estimate(values)._asdict() for name, values in zip(RUNNING.values(), columns, strict=False)}
 
 
@@ -613,7 +697,7 @@ def _version(name: str) -> str:
 @cache
 def _cpu() -> dict[str, Any]:
     return {
-        "cpu": cpuinfo.get_cpu_info()["brand_raw"],
+        "cpu": cpuinfo.get_cpu_info().get("brand_raw", platform.machine()),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "system": sys.platform,
@@ -622,17 +706,21 @@ def _cpu() -> dict[str, Any]:
 
 @cache
 def _gpu() -> dict[str, str]:
-    name, driver = _nvidia_smi("name", "driver_version")
-    return {"gpu": name, "driver": driver, "cuda": str(torch.version.cuda)}
+    try:
+        driver = _output(*_nvidia_smi("driver_version"))
+    except (OSError, subprocess.CalledProcessError):
+        driver = "unknown"
+    return {"gpu": torch.cuda.get_device_name(), "driver": driver, "cuda": str(torch.version.cuda)}
 
 
 def _nvidia_smi(*fields: str) -> list[str]:
-    return _output(
+    """The command that asks for them."""
+    return [
         "nvidia-smi",
         f"--id=GPU-{torch.cuda.get_device_properties(0).uuid}",
         f"--query-gpu={','.join(fields)}",
         "--format=csv,noheader,nounits",
-    ).split(", ")
+    ]
 
 
 @cache

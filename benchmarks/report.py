@@ -8,11 +8,6 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-
 from benchmarks.cases import CASES, REFERENCE_GEMM, Case
 
 Record = dict[str, Any]
@@ -30,6 +25,31 @@ PEERS: dict[str, dict[str, Any]] = {
 
 #: What is always drawn in the same colour, whatever else there is.
 FAMILIAR = ("sdpa", "flex", "triton", "flash3", "flash-torch", "flash2", "xformers")
+
+
+def _positive(value: Any) -> bool:
+    return isinstance(value, int | float) and value > 0
+
+
+#: What is read of a result, here and in comparisons: its parts, and of what kind they are.
+RECORD: Record = {
+    **dict.fromkeys(("name", "date", "device"), str),
+    "rounds": int,
+    "machine": {"cpu": str, "threads": int, "instructions": str},
+    "versions": dict,
+    "source": dict.fromkeys(("commit", "digest"), str | None),
+    "shape": dict,
+    "times": {"*": {**dict.fromkeys(("seconds", "low", "high"), _positive), "gflops_per_second": float | int}},
+    "comparisons": [{"what": str, **dict.fromkeys(("median", "low", "high"), float | int)}],
+}
+
+#: And of attention.
+ATTENTION: Record = {
+    "auto": str,
+    "lost": dict,
+    "refusals": dict,
+    "shape": {**dict.fromkeys(("pattern", "direction", "dtype"), str), **dict.fromkeys(("queries", "keys"), int)},
+}
 
 PLOTS = {"cuda": "rates-gpu.png", "cpu": "rates.png"}
 DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
@@ -51,11 +71,45 @@ def load(folder: Path) -> list[Record]:
 
     Raises:
         FileNotFoundError: where there is none.
+        ValueError: for a file that is none.
     """
-    records = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"), key=_natural)]
+    records = [read(path) for path in sorted(folder.glob("*.json"), key=_natural)]
     if not records:
         raise FileNotFoundError(f"{folder}: no results, expected *.json; measure first, with make bench")
     return records
+
+
+def read(path: Path) -> Record:
+    """One result.
+
+    Raises:
+        ValueError: for a file that is none, naming it and what is wrong in it.
+    """
+    try:
+        record = json.loads(path.read_text())
+    except ValueError as error:  # of JSON, or of UTF-8
+        raise ValueError(f"{path}: expected a result as make bench writes it, got no JSON: {error}") from error
+    faults = _faults(record, RECORD)
+    if not faults and "auto" in record:
+        record = {"lost": {}, "refusals": {}} | record
+        faults = _faults(record, ATTENTION)
+    if faults:
+        raise ValueError(f"{path}: expected a result as make bench writes it, but of that it lacks {', '.join(faults)}")
+    return record
+
+
+def _faults(found: Any, expected: Any, where: str = "an object") -> list[str]:
+    """What in a value is not as expected; ``"*"`` stands for every key, and a list for one whose items are like its."""
+    if isinstance(expected, list):
+        items = found if isinstance(found, list) else [None]
+        return [fault for item in items for fault in _faults(item, expected[0], where)]
+    if not isinstance(expected, dict):
+        fits = expected(found) if expected is _positive else isinstance(found, expected)
+        return [] if fits else [where]
+    if not isinstance(found, dict):
+        return [where]
+    parts = dict.fromkeys(found, expected["*"]) if "*" in expected else expected
+    return [fault for key, kind in parts.items() for fault in _faults(found.get(key), kind, key)]
 
 
 def goal(comparison: dict[str, Any]) -> str:
@@ -105,8 +159,11 @@ def _result(case: Case, r: Record | None) -> tuple[str, ...]:
     if auto not in r["times"]:
         return (auto, f"**not timed**: {r['lost'].get(auto, '')}", "", "", "**no**")
     rate, gemm = r["times"][auto]["gflops_per_second"] / 1e3, r["roofline"]["gemm_gflops_per_second"] / 1e3
+    held = next((c for c in r["comparisons"] if c["what"] == "rate / gemm"), None)
+    if held is None:  # at another size the goal is none
+        return (auto, f"{rate:.0f}", f"{rate / gemm:.0%}", "", "")
     here = (case.tflops or 0) * gemm / REFERENCE_GEMM
-    return (auto, f"{rate:.0f}", f"{rate / gemm:.0%}", f"{here:.0f}", "yes" if rate >= here else "**no**")
+    return (auto, f"{rate:.0f}", f"{held['median']:.0%}", f"{here:.0f}", "yes" if held["met"] else "**no**")
 
 
 def plot(records: Sequence[Record], path: Path) -> bool:
@@ -120,9 +177,10 @@ def plot(records: Sequence[Record], path: Path) -> bool:
         return False
     columns = min(len(panels), WIDEST)
     rows = ceil(len(panels) / columns)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(4.6 * columns, 3.9 * rows + 0.5), squeeze=False, layout="constrained"
-    )
+    from matplotlib.figure import Figure  # to measure, nothing is drawn
+
+    figure = Figure(figsize=(4.6 * columns, 3.9 * rows + 0.5), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
     timed = {name for rs in panels.values() for r in rs for name, t in r["times"].items() if t["flops"]} - {*PEERS}
     order = [*FAMILIAR, *sorted(timed.difference(FAMILIAR))]
     styles = {name: {"color": colour, "label": name} for name, colour in zip(order, cycle(COLOURS))}
@@ -135,7 +193,6 @@ def plot(records: Sequence[Record], path: Path) -> bool:
     entries = {s["label"]: drawn[s["label"]] for s in (styles | PEERS).values() if s["label"] in drawn}
     figure.legend(entries.values(), entries, loc="outside lower center", ncols=min(len(entries), 5), frameon=False)
     figure.savefig(path, dpi=160)
-    plt.close(figure)
     return True
 
 
@@ -199,9 +256,9 @@ def _setting(r: Record) -> str:
     if "gpu" in machine:
         where = f"{machine['gpu']}, driver {machine['driver']}, CUDA {machine['cuda']}"
     what = ", ".join(f"{name} {number}" for name, number in versions.items())
-    if source["commit"]:
-        return f"{where}; {what}; commit {source['commit'][:10]}{' and changes' if source['dirty'] else ''}"
-    return f"{where}; {what}; source {source['digest'][:10]}"
+    if commit := source.get("commit"):
+        return f"{where}; {what}; commit {commit[:10]}{' and changes' if source.get('dirty') else ''}"
+    return f"{where}; {what}; source {(source.get('digest') or 'unknown')[:10]}"
 
 
 def _goals(records: Sequence[Record]) -> list[str]:
@@ -282,5 +339,5 @@ def _natural(path: Path) -> tuple[int, str]:
 if __name__ == "__main__":
     try:
         main(*map(Path, sys.argv[1:]))
-    except FileNotFoundError as error:
+    except (FileNotFoundError, ValueError) as error:
         raise SystemExit(str(error)) from None

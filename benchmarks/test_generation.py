@@ -18,9 +18,9 @@ Scene = Sequence[ShotInput]
 
 
 class Size(NamedTuple):
-    """What a device is given to do: what takes minutes, not hours, so shots are short and steps few, two at least.
+    """What a device is given to do: what takes minutes, not hours, so shots are short and steps few.
 
-    With one, the pass that writes the cache would be half of what there is to do with it.
+    Four at least: with fewer, the pass that writes the cache would be much of what there is to do with it.
     """
 
     config: dict[str, Any]
@@ -28,15 +28,20 @@ class Size(NamedTuple):
     shot: Shot
     steps: int
     counts: tuple[int, ...]
+    recomputed: int  # the most shots whose history is run again in every step: that would be most of the time
     rounds: int
 
 
-SMALL = {"channels": 16, "text_width": 64, "width": 256, "depth": 4, "heads": 4}
+#: Narrow, with shots of many tokens: attention is most of the work, as it is in the 3B model at the paper's size.
+SMALL = {"channels": 16, "text_width": 64, "width": 64, "depth": 2, "heads": 1}
 SIZES = {
-    "cpu": Size(SMALL, torch.float32, Shot(32, (2, 8, 8)), 3, (1, 2, 4, 8, 12, 16, 20), 3),
-    "cuda": Size(PAPER_3B, torch.bfloat16, Shot(576, (2, 30, 30)), 2, (1, 4, 9, 20), 2),
+    "cpu": Size(SMALL, torch.float32, Shot(32, (12, 8, 8)), 4, (1, 2, 4, 8, 12, 16, 20), 20, 2),
+    "cuda": Size(PAPER_3B, torch.bfloat16, Shot(576, (1, 30, 30)), 4, (1, 4, 9, 20), 9, 2),
 }
-QUICK = Size({**SMALL, "width": 64}, torch.float32, Shot(8, (1, 4, 4)), 2, (1, 2, 4), 2)
+QUICK = Size(SMALL, torch.float32, Shot(8, (1, 4, 4)), 4, (1, 2, 4), 2, 2)
+
+#: How much larger an error the gate allows: on a GPU, products of other shapes may be added up in another order.
+ALLOWED = {"cpu": 1, "cuda": 10}
 
 
 def _recomputed(model: SceneModel, scene: Scene, steps: int) -> list[Any]:
@@ -71,7 +76,12 @@ def test_generation(device: str, quick: bool, benchmark: BenchmarkFixture, publi
         flops = generation_cost.cost(model.adapter.model, passes).total
         return harness.Contender(lambda: lambda: MODES[mode](model, scene[: shots + 1], steps), flops)
 
-    contenders = {label(mode, n): contender(mode, n) for n in size.counts for mode in MODES}
+    contenders = {
+        label(mode, n): contender(mode, n)
+        for n in size.counts
+        for mode in MODES
+        if mode != "recomputed" or n <= size.recomputed
+    }
     warmup = 1
     seconds = harness.interleave(contenders, warmup=warmup, rounds=size.rounds, device=device)
     benchmark.pedantic(contenders[label("cached", most)].prepare(), rounds=1)
@@ -90,7 +100,7 @@ def test_generation(device: str, quick: bool, benchmark: BenchmarkFixture, publi
                 "dtype": str(size.dtype).removeprefix("torch."),
             },
             times=harness.measured(seconds, contenders),
-            comparisons=[c for n in size.counts[1:] for c in _speed_up(n, seconds, contenders)],
+            comparisons=[c for n in size.counts[1:] if n <= size.recomputed for c in _speed_up(n, seconds, contenders)],
             gate=gate,
         )
     )
@@ -114,7 +124,8 @@ def _check(device: str) -> dict[str, float]:
     model, shots, steps = retrofit(tiny().to(device)), scene_of(Shot(4, (2, 3, 3)), 3), 2
     scene = _scene(model, shots, torch.float32, device)
     pairs = zip(_cached(model, scene, steps)[1:], _recomputed(model, scene, steps)[1:], strict=True)
-    worst, bound = max(error(*pair) for pair in pairs), 3 * steps * BOUNDS[torch.float32]["cached"].absolute
+    worst = max(error(*pair) for pair in pairs)
+    bound = 3 * steps * BOUNDS[torch.float32]["cached"].absolute * ALLOWED[device]
     assert worst <= bound, f"the error of what comes from the cache is {worst:.2e}, more than {bound:.2e}: not timed"
     return {"error": worst, "bound": bound}
 

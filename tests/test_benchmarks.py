@@ -2,22 +2,28 @@
 
 import json
 import math
+import os
 import re
+import shutil
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from importlib.metadata import distributions, entry_points, version
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import compare, harness, report, source_tree
+from benchmarks import compare, generation_cost, harness, report, source_tree, test_generation, tiles
 from benchmarks.cases import CASES, COMPILED, REFERENCE_GEMM, Case, Goal, row
+from lct_backbones.mmdit import MMDiT
 from lct_core import KernelSpec, Registry, attend, hookimpl
 from lct_core.attention import sdpa
 from lct_core.cli import bench, main
+from lct_plugins import flash, varlen_naive
 
 ROOT = Path(__file__).parents[1]
 GPU = [case for case in CASES if case.device == "cuda"]
@@ -60,6 +66,15 @@ KERNELS = {
 }
 
 
+def announce(registry, *specs):
+    class Plugin:
+        @hookimpl
+        def lct_kernels(self):
+            return [*specs]
+
+    registry.register(Plugin(), name="+".join(s.name for s in specs))
+
+
 @pytest.fixture(autouse=True)
 def _small_roofline(monkeypatch):
     monkeypatch.setitem(harness.MULTIPLIED, "cpu", 64)
@@ -70,13 +85,10 @@ def _small_roofline(monkeypatch):
 def kernels(monkeypatch):
     """A registry with kernels of every kind, and one that refuses."""
 
-    class Plugin:
-        @hookimpl
-        def lct_kernels(self):
-            return [*(spec(n, kernel) for n, kernel in KERNELS.items()), spec("picky", crash, refusals=["not today"])]
-
     registry = Registry()
-    registry.register(Plugin(), name="kernels")
+    announce(
+        registry, *(spec(n, kernel) for n, kernel in KERNELS.items()), spec("picky", crash, refusals=["not today"])
+    )
     monkeypatch.setattr(harness, "registry", lambda: registry)
     monkeypatch.setattr("lct_core.attention.registry", lambda: registry)
     harness._check.cache_clear()
@@ -149,28 +161,43 @@ def test_flops_are_of_attended_pairs_alone(pattern, last_shot):
     assert replace(case, direction="forward+backward").flops == 3.5 * forward
 
 
-def test_a_raw_peer_is_asked_for_as_many_pairs():
+@pytest.mark.parametrize(("peer", "own"), [("raw-flash3", {"dense", "packed"}), ("raw-cudnn", {"dense"})])
+def test_a_raw_peer_is_asked_for_as_many_pairs(peer, own):
     for case in GPU:
-        asked = harness._asked(case, "raw-flash3")
-        assert asked.plan.form == "dense"
+        asked = harness._asked(case, peer)
+        assert asked.plan.form in own
         assert asked.plan.pairs == pytest.approx(case.plan.pairs, rel=0.02)
-        assert (asked == case) == (case.plan.form == "dense")
+        assert (asked == case) == (case.plan.form in own)
         assert harness._asked(case, "sdpa") == case
 
 
-def test_the_hopper_cases_fit_their_nine_minutes():
+def test_all_of_a_gpu_fits_its_nine_minutes():
     """By the model of benchmarks/README.md: an estimate, not a measurement."""
-    tests, start, compile_flex = 60, 4, 15
-    total = tests
+    tests, start, kernels, rate, plan, compile_flex, rotations = 60, 3, 6, 400e12, 0.4, 15, 6
+    total, plans = tests + 3 * rotations, set()
     for case in GPU:
-        forward = case.cost(case.plan.pairs) / {"forward": 1, "backward": 2.5}[case.direction] / 550e12
-        once = forward * (1 if case.direction == "forward" else 2.5)
-        peers = sum(g.peer.startswith("raw-") for g in case.goals)
-        contenders = peers + (len(case.kernels) or 4) + bool("-B" in case.name and case.kernels)
+        passes = 1 if case.direction == "forward" else 2
+        forward = case.cost(case.plan.pairs) / (1 if passes == 1 else 2.5) / rate
+        once = forward * (1 if passes == 1 else 2.5)
+        compiled = sum(goal.peer in COMPILED for goal in case.goals if not goal.without)
+        contenders = sum(g.peer.startswith("raw-") for g in case.goals) + (len(case.kernels) or kernels) + compiled
         rounds = max(harness.FEWEST_ROUNDS, min(case.rounds, int(case.budget / (contenders * once))))
-        total += start + contenders * ((rounds + 1) * once + (forward if case.direction == "backward" else 0))
-        if any(g.peer in COMPILED for g in case.goals):
-            total += 2 * compile_flex * (1 if case.direction == "forward" else 2)
+        total += start + contenders * ((rounds + 1) * once + (passes - 1) * forward)
+        total += 2 * compile_flex * passes * compiled
+        kind = case.direction, case.heads, case.head_dim
+        for one in (case, case.gate):
+            seen = [(s.queries.size, s.num_keys) for s in one.plan.segments]
+            plans |= {(*kind, i, *shape) for shape in (*seen, (one.plan.pairs,)) for i in range(passes)}
+    size = test_generation.SIZES["cuda"]
+    with torch.device("meta"):
+        model = MMDiT(**size.config)
+    flops = sum(
+        generation_cost.cost(model, modes(generation_cost.scene_of(size.shot, n), size.steps)).total
+        for n in size.counts
+        for mode, modes in generation_cost.MODES.items()
+        if mode != "recomputed" or n <= size.recomputed
+    )
+    total += plan * len(plans) + (1 + size.rounds) * flops / rate
     assert total < 9 * 60
 
 
@@ -201,8 +228,8 @@ def test_rounds_take_turns(clock):
     assert "".join(log) == "abbaabba"
 
 
-@pytest.mark.parametrize(("budget", "rounds"), [(1, 3), (30, 10), (1000, 20)])
-def test_rounds_keep_to_a_budget_but_for_three(clock, budget, rounds):
+@pytest.mark.parametrize(("budget", "rounds"), [(1, 2), (30, 10), (1000, 20)])
+def test_rounds_keep_to_a_budget_but_for_two(clock, budget, rounds):
     contenders = {"a": clock(1.0), "b": clock(2.0)}
     assert [*map(len, harness.interleave(contenders, warmup=2, rounds=20, budget=budget).values())] == [rounds] * 2
 
@@ -214,16 +241,55 @@ def test_ratios_are_taken_within_a_round():
     assert times["a"]["gflops_per_second"] == 4
 
 
-def test_the_clock_and_power_of_a_gpu_are_sampled_while_it_runs(monkeypatch):
-    asked = iter([["1700", "650.5"], ["1500", "640.5"], ["1600", "[N/A]"]])
-    monkeypatch.setattr(harness, "_nvidia_smi", lambda *fields: next(asked))
+def test_a_contender_that_fails_late_is_named(clock):
+    def crash():
+        raise ZeroDivisionError
+
+    contenders = {"a": clock(1.0), "b": harness.Contender(lambda: crash)}
+    with pytest.raises(harness.Failed, match=r"^b$"):
+        harness.interleave(contenders, warmup=0, rounds=1)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """What torch tells of a GPU, where there is none."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: SimpleNamespace(uuid="some-uuid"))
+
+
+def driver(monkeypatch, tmp_path, script):
+    """An ``nvidia-smi``, which notes what it was asked."""
+    command = tmp_path / "nvidia-smi"
+    command.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n{script}')
+    command.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    return tmp_path / "asked"
+
+
+def test_the_clock_and_power_of_a_gpu_are_sampled_while_it_runs(gpu, monkeypatch, tmp_path):
+    lines = r"1700, 650.5\n1500, 640.5\n1600, [N/A]\n17"  # the last is cut off
+    asked = driver(monkeypatch, tmp_path, f"printf '{lines}'; touch {tmp_path}/told; exec sleep 60")
     with harness.Running("cuda") as running:
-        running._thread.join(5)  # it stops at what is no number
-        assert not running._thread.is_alive()
+        while not (tmp_path / "told").exists():
+            time.sleep(0.01)
     estimates = running.estimates()
     assert estimates["sm_clock_megahertz"]["median"] == 1600
     assert estimates["power_watts"]["median"] == 645.5
+    assert re.search("--id=GPU-some-uuid --query-gpu=clocks.sm,power.draw .*--loop-ms=200", asked.read_text())
+    assert len(asked.read_text().splitlines()) == 1
     with harness.Running("cpu") as running:
+        pass
+    assert running.estimates() == {}
+
+
+def test_a_gpu_without_its_driver_s_tool_is_recorded_without(gpu, monkeypatch, tmp_path):
+    driver(monkeypatch, tmp_path, "echo 570.1")
+    assert harness._gpu.__wrapped__() == {"gpu": "Some GPU", "driver": "570.1", "cuda": str(torch.version.cuda)}
+    driver(monkeypatch, tmp_path, "exit 6")  # as for a part of a GPU, which has another id
+    assert harness._gpu.__wrapped__()["driver"] == "unknown"
+    monkeypatch.setenv("PATH", "")
+    assert harness._gpu.__wrapped__()["driver"] == "unknown"
+    with harness.Running("cuda") as running:
         pass
     assert running.estimates() == {}
 
@@ -243,9 +309,11 @@ def test_a_case_from_end_to_end(kernels, tmp_path, direction):
     assert measurement["times"].keys() == right | {"dense", "masked", "gemm", "copy"}
     assert measurement["gates"].keys() == right
     assert all(0 < gate["error"] <= gate["bound"] for gate in measurement["gates"].values())
+    assert ["difference" in measurement["gates"][name] for name in sorted(right)] == [True] * (len(right) - 1) + [False]
     assert measurement["auto"] == "sdpa"
     for name, t in measurement["times"].items():
         assert 0 < t["low"] <= t["seconds"] <= t["high"]
+        assert t["first"] > 0
         assert t["gflops_per_second"] == pytest.approx(t["flops"] / t["seconds"] / 1e9)
         if name in right:
             assert t["flops"] == replace(TINY, direction=direction).flops
@@ -292,15 +360,103 @@ def test_a_goal_without_a_kernel_holds_in_its_absence_alone(kernels):
     assert names == ["auto / best kernel"]
 
 
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("by", [1e-2, torch.nan])
+def test_a_kernel_that_is_right_on_the_gate_alone_is_not_timed(kernels, direction, by):
+    """As one whose tiles of long rows are wrong."""
+
+    def late(q, k, v, plan, scale):
+        out = sdpa(q, k, v, plan, scale)
+        return out if plan == TINY.gate.plan else out * (1 + by)
+
+    announce(kernels, spec("late", late))
+    measurement = harness.measure(replace(TINY, direction=direction), kernels=["good", "late", "sdpa"])
+    what = {"forward": "out", "backward": "dq"}[direction]
+    assert re.match(
+        rf"wrong: at full size {what} differs from that of sdpa by .*, more than", measurement["lost"]["late"]
+    )
+    assert measurement["times"].keys() == {"good", "sdpa", "gemm", "copy"}
+    assert measurement["gates"]["good"]["difference"] == 0
+
+
+def mortal(times):
+    """A device that answers so many times."""
+    answers = iter([True] * times)
+    return lambda device: next(answers, False)
+
+
 def test_a_kernel_that_takes_the_gpu_with_it_is_left_out_of_the_next_run(kernels, monkeypatch, tmp_path):
-    monkeypatch.setattr(harness, "_alive", lambda device: False)
+    alive = harness.alive
+    monkeypatch.setattr(harness, "alive", mortal(1))
     with pytest.raises(harness.DeviceLost, match="tiny: the GPU is lost") as caught:
         harness.measure(TINY)
+    monkeypatch.setattr(harness, "alive", alive)
     harness.write(caught.value.record, tmp_path)
     begun = harness.standing(TINY, tmp_path)
     assert begun["times"] == {}
-    assert "broken" in begun["lost"]
+    assert begun["lost"] == {"broken": "RuntimeError: no such engine"}
     assert harness.measure(TINY, lost=begun["lost"])["lost"]["broken"] == "RuntimeError: no such engine"
+
+
+def test_a_kernel_that_takes_the_gpu_with_it_while_it_is_timed_is_the_culprit(kernels, monkeypatch):
+    calls = iter(range(9))
+
+    def late(*args):
+        return crash() if next(calls) == 2 else sdpa(*args)  # the gate, the first call, and then
+
+    announce(kernels, spec("late", late))
+    with pytest.raises(harness.Failed, match="late"):
+        harness.measure(TINY, kernels=["sdpa", "late", "good"])
+    calls = iter(range(9))
+    harness._check.cache_clear()
+    monkeypatch.setattr(harness, "alive", mortal(1))
+    with pytest.raises(harness.DeviceLost) as caught:
+        harness.measure(TINY, kernels=["sdpa", "late", "good"])
+    assert caught.value.record["lost"] == {"late": "RuntimeError: no such engine"}
+
+
+def test_a_gpu_that_was_lost_before_is_laid_to_no_kernel(kernels, monkeypatch):
+    monkeypatch.setattr(harness, "alive", mortal(0))
+    with pytest.raises(harness.DeviceLost) as caught:
+        harness.measure(TINY)
+    assert caught.value.record["lost"] == {}
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward", "forward+backward"])
+@pytest.mark.parametrize(
+    ("scenes", "pattern", "packed"),
+    [
+        ([[40, 25, 63]], "bidirectional", False),
+        ([[40, 25], [63], [7, 90]], "bidirectional", True),
+        ([[40, 25, 63]], "context_causal", False),
+    ],
+)
+def test_raw_fa3_is_its_own_functions(kernels, monkeypatch, direction, scenes, pattern, packed):
+    """On readable ones: the sequences of a call are the scenes, or there are none; it knows no autograd."""
+    asked = []
+
+    def noted(function):
+        def call(*args):
+            asked.append(args[-2])
+            assert not any(x.requires_grad for x in args[:3])
+            return function(*args)
+
+        return call
+
+    monkeypatch.setattr(flash, "forward3", noted(varlen_naive.forward))
+    monkeypatch.setattr(flash, "backward3", noted(varlen_naive.backward))
+    announce(kernels, spec("flash3", sdpa))
+    goals = (Goal(peer="raw-flash3", least=1e-9),)
+    case = replace(TINY, layout=row(*scenes), pattern=pattern, direction=direction, goals=goals, kernels=("flash3",))
+    measurement = harness.measure(case)
+    assert not measurement["lost"]
+    assert "raw-flash3" in measurement["times"]
+    assert measurement["comparisons"][0]["what"] == "rate / raw-flash3"
+    assert ("difference" in measurement["gates"]["raw-flash3"]) == (pattern == "bidirectional")
+    assert {s is not None for s in asked} == {packed}
+    if packed:
+        assert [0, 65, 128, 225] in [s.cu_seqlens_k.tolist() for s in asked]
+        assert {s.seqused_k for s in asked} == {None}
 
 
 def test_a_result_stands_until_what_it_depends_on_changes(kernels, tmp_path, monkeypatch):
@@ -353,13 +509,20 @@ def gpu_record(case, *, rate=500.0, gemm=REFERENCE_GEMM, **changes):
         "shape": case.shape,
         "rounds": 3,
         "times": {"mine": timed(case.flops, rate), "gemm": timed(1e12, gemm)},
-        "comparisons": [],
+        "comparisons": [
+            {"what": "rate / gemm", "median": rate / gemm, "low": 0, "high": 1, "met": rate / gemm >= goal_of(case)}
+            | {"least": goal_of(case), "most": None}
+        ],
         "auto": "mine",
         "lost": {},
         "refusals": {"picky": ["not today"]},
         "roofline": {"gemm_gflops_per_second": 1e3 * gemm, "copy_gigabytes_per_second": 4000.0},
         "running": {"sm_clock_megahertz": {"median": 1700.0, "low": 1600.0, "high": 1800.0}},
     } | changes
+
+
+def goal_of(case):
+    return case.goals[0].least
 
 
 def row_of(lines, name):
@@ -380,6 +543,11 @@ def test_what_was_measured_is_held_against_the_goal_of_its_own_gemm():
     slower = gpu_record(case, rate=500.0, gemm=0.9 * REFERENCE_GEMM)
     assert row_of(report.hopper([slower]), case.name)[4:] == ["mine", "500", "70%", "531", "**no**"]
     assert row_of(report.hopper([gpu_record(case, rate=590.0)]), case.name)[-1] == "yes"
+    near = gpu_record(case, rate=590.1)  # it is the ratio within rounds that was held to the goal
+    near["comparisons"][0] |= {"median": 0.74, "met": False}
+    assert row_of(report.hopper([near]), case.name)[6:] == ["74%", "590", "**no**"]
+    small = gpu_record(case, comparisons=[])
+    assert row_of(report.hopper([small]), case.name)[5:] == ["500", "63%", "", ""]
     lost = gpu_record(case, times={}, lost={"mine": "wrong: by far"})
     assert row_of(report.hopper([lost]), case.name)[4:] == ["mine", "**not timed**: wrong: by far", "", "", "**no**"]
 
@@ -411,6 +579,35 @@ def test_a_single_size_is_no_plot(tmp_path):
         report.main(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        (b"{", "got no JSON: Expecting"),
+        (b"\xff{}", "got no JSON: 'utf-8' codec can't decode"),
+        (b"[]", "it lacks an object"),
+        (
+            b'{"some": "object"}',
+            "it lacks name, date, device, rounds, machine, versions, source, shape, times, comparisons",
+        ),
+        ({"times": {"x": 1}}, "it lacks x"),
+        ({"times": {"x": {"seconds": 0, "low": 1, "high": 1, "gflops_per_second": 0}}}, "it lacks seconds"),
+        ({"machine": []}, "it lacks machine"),
+        ({"shape": {}}, "it lacks pattern, direction, dtype, queries, keys"),
+        ({"comparisons": [{}]}, "it lacks what, median, low, high"),
+        ({"lost": None}, "it lacks lost"),
+    ],
+)
+def test_a_file_that_is_no_result_is_one_line(capsys, tmp_path, text, fault):
+    path = tmp_path / "bad.json"
+    path.write_bytes(text if isinstance(text, bytes) else json.dumps(gpu_record(GPU[0]) | text).encode())
+    for arguments in (["report", tmp_path], ["compare", path, path], ["compare", tmp_path, tmp_path]):
+        assert main(["bench", *map(str, arguments)]) == 2
+        err = capsys.readouterr().err
+        assert err.startswith(f"lct bench {arguments[0]}: error: {path}: expected a result as make bench writes it, ")
+        assert fault in err
+        assert err.count("\n") == 1
+
+
 # --- comparing runs ---
 
 
@@ -429,7 +626,7 @@ def test_what_became_slower_by_its_share_of_the_gemm(tmp_path, rate, gemm, slowe
     (change,) = compare.compare(old, new)
     assert change.speed == pytest.approx(rate / gemm / (500 / 790))
     assert change.slower is slower
-    assert compare.main([str(old), str(new)]) == int(slower)
+    assert main(["bench", "compare", str(old), str(new)]) == int(slower)
 
 
 def test_a_fall_within_the_spreads_is_noise(tmp_path):
@@ -472,7 +669,7 @@ def test_other_devices_shapes_and_cases_are_not_compared_unless_told(tmp_path, c
         with pytest.raises(ValueError, match=re.escape(words)):
             compare.compare(*paths)
         assert len(compare.compare(*paths, anyway=True)) == 1
-        assert compare.main([*map(str, paths)]) == 2
+        assert main(["bench", "compare", *map(str, paths)]) == 2
         assert words in capsys.readouterr().err
     paths = files(tmp_path, old, gpu_record(GPU[1]))
     with pytest.raises(ValueError, match=f"only OLD has {GPU[0].name}; only NEW has {GPU[1].name}; no case is in both"):
@@ -559,6 +756,7 @@ def test_the_command_compares_and_reports(capsys, tmp_path):
     ("arguments", "line"),
     [
         (["attention", "--case", "x"], "--case: got 'x', expected a name that lct bench attention --list shows"),
+        (["attention", "--kernel", "x"], "--kernel: got 'x', expected one of auto, cudnn-flex, flash-torch"),
         (["attention", "--tokens", "0"], "Invalid value for '--tokens': 0 is not in the range"),
         (["attention", "--device", "tpu"], "Invalid value for '--device': 'tpu' is not one of 'cpu', 'cuda'."),
         (["compare", "nowhere", "nowhere"], "Invalid value for 'OLD': Path 'nowhere' does not exist."),
@@ -571,7 +769,23 @@ def test_bad_input_is_one_line(capsys, tmp_path, monkeypatch, arguments, line):
     assert main(["bench", *arguments]) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1
-    assert re.match(rf"lct bench[a-z ]*: error: {re.escape(line)}", err)
+    assert err.startswith(f"lct bench {arguments[0]}: error: {line}")
+
+
+def test_where_results_go_is_made_first(capsys, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(harness, "measure", crash)
+    out = str(tmp_path / "file" / "folder")
+    assert main(["bench", "attention", "--case", "cpu-causal-4k-fp32-forward", "--out", out]) == 2
+    assert re.match(r"lct bench attention: error: .*Not a directory: .*folder", capsys.readouterr().err)
+
+
+def test_the_command_says_how_to_go_on_without_what_took_the_gpu(kernels, capsys, monkeypatch):
+    monkeypatch.setattr(harness, "alive", mortal(1))
+    case = ["--case", "cpu-causal-4k-fp32-forward", "--tokens", "100"]
+    assert main(["bench", "attention", *case, "--kernel", "broken", "--kernel", "sdpa"]) == 1
+    err = capsys.readouterr().err
+    assert "{'broken': 'RuntimeError: no such engine'}; go on without, by --kernel with others\n" in err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
@@ -589,6 +803,31 @@ def test_outside_a_clone_the_command_says_where_it_works(capsys, tmp_path, monke
     assert "benchmarks/ is not part of the installed package; clone the repository" in capsys.readouterr().err
 
 
+def test_a_sweep_of_tiles_that_ends_early_leaves_what_it_has(monkeypatch, tmp_path):
+    def sweep():
+        yield {
+            "shape": "B1",
+            "direction": "forward",
+            "tiling": dict.fromkeys("abcd", 1),
+            "current": True,
+            "why not": "wrong",
+        }
+        crash()
+
+    for of, name, value in (
+        (tiles, "sweep", sweep),
+        (torch.cuda, "is_available", lambda: True),
+        (harness, "machine", lambda device: {}),
+        (harness, "versions", lambda device: {}),
+        (sys, "argv", ["tiles", "--out", str(tmp_path / "new" / "tiles.json")]),
+    ):
+        monkeypatch.setattr(of, name, value)
+    with pytest.raises(RuntimeError, match="no such engine"):
+        tiles.main()
+    (found,) = json.loads((tmp_path / "new" / "tiles.json").read_text())["results"]
+    assert found["why not"] == "wrong"
+
+
 # --- from a source tree ---
 
 
@@ -600,12 +839,48 @@ def test_a_source_tree_tells_what_an_installation_would(tmp_path):
     assert {(e.name, e.value) for e in told.entry_points} == ours
 
 
-def test_the_suite_runs_a_quick_case():
+def test_the_suite_runs_a_quick_case_without_what_draws(tmp_path):
+    (tmp_path / "matplotlib.py").write_text("raise ImportError('not here')")
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
     case = "benchmarks/test_attention.py::test_attention[cpu-cached-16k-fp32-forward]"
     quick = [sys.executable, "-m", "pytest", case, "--quick", "-q", "-p", "no:cacheprovider"]
-    done = subprocess.run(quick, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(quick, cwd=ROOT, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"rate / dense +[\d.]+ \(", done.stdout)
     record = json.loads((harness.QUICK_RESULTS / "cpu-cached-16k-fp32-forward.json").read_text())
     assert record["shape"]["keys"] == 1024
     assert math.isfinite(record["times"]["sdpa"]["seconds"])
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.parametrize(
+    ("ends", "runs"), [([75, 75, 1], 3), ([0], 1), ([75] * 99, 4)], ids=["losses", "none", "for ever"]
+)
+def test_make_goes_on_after_a_loss_and_always_reports(tmp_path, ends, runs):
+    """On a Python that only notes what it is told; ``figure1`` fails."""
+    for name in ("Makefile", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "runs" / "site").mkdir(parents=True)
+    (tmp_path / "ends").write_text("\n".join(map(str, ends)) + "\n")
+    python = tmp_path / "python"
+    python.write_text(
+        """#!/bin/sh
+echo "$PYTHONPATH $@" >> told
+case "$@" in
+    *test_attention*) end=$(head -n 1 ends); sed -i 1d ends; exit $end;;
+    *figure1*) exit 1;;
+esac
+"""
+    )
+    python.chmod(0o755)
+    given = [f"RUN={python}", "ARGS=--quick --fresh", "RESTARTS=3"]
+    done = subprocess.run(
+        ["make", "bench-gpu", *given], cwd=tmp_path, env=os.environ | {"PYTHONPATH": "mine"}, capture_output=True
+    )
+    assert done.returncode
+    told = [line.split() for line in (tmp_path / "told").read_text().splitlines()]
+    assert all(line[0].split(":")[-2:] == [f"{tmp_path}/runs/site", "mine"] for line in told)
+    cases = [line[1:] for line in told if "benchmarks/test_attention.py" in line]
+    assert ["--fresh" in line for line in cases] == [True] + [False] * (runs - 1)
+    assert all("--quick" in line for line in cases)
+    assert told[-1][1:] == ["-m", "benchmarks.report"]

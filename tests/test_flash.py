@@ -48,6 +48,12 @@ PLANS = {
     "the last shot behind its history": CAUSAL.rows(Range(30, 43)),
     "the last shot behind some of its history": GAPS.rows(Range(30, 43)),
     "keys that nobody sees": AttentionPlan(5, 40, (Segment(Range(0, 5), (Range(7, 30),)),)),
+    "more to gather than there is": selected_history(
+        Layout([[Shot(0, (1, 1, 1 + i % 3)) for i in range(8)]]), [range(0, i - 1) for i in range(8)]
+    ),
+    "all keys out of order": AttentionPlan(
+        9, 20, (Segment(Range(0, 4), (Range(9, 20),)), Segment(Range(4, 9), (Range(0, 9),)))
+    ),
     "packed keys out of order": AttentionPlan(
         9, 20, (Segment(Range(0, 4), (Range(11, 18),)), Segment(Range(4, 9), (Range(2, 9),)))
     ),
@@ -117,8 +123,8 @@ def naive(recorder=None):
     return partial(varlen.attention, provider=recorder.provider if recorder else varlen_naive.PROVIDER)
 
 
-def check(kernel, tensors, plan, atol=1e-12):
-    for got, expected in zip(run(kernel, tensors, plan), run(reference, tensors, plan), strict=True):
+def check(kernel, tensors, plan, atol=1e-12, scale=0.4):
+    for got, expected in zip(run(kernel, tensors, plan, scale), run(reference, tensors, plan, scale), strict=True):
         torch.testing.assert_close(got, expected, rtol=0, atol=atol)
 
 
@@ -190,6 +196,12 @@ def test_gradients_of_some_inputs_alone(plan, needed):
     check(naive(), tensors, plan)
 
 
+def test_a_negative_scale_is_taken_to_the_queries():
+    recorder = Recorder()
+    check(naive(recorder), draw(CAUSAL), CAUSAL, scale=-0.4)
+    assert {args[4] for args in recorder.forwards} | {args[7] for args in recorder.backwards} == {0.4}
+
+
 def test_without_gradients():
     q, k, v = (x.detach() for x in draw(GAPS))
     out = naive()(q, k, v, GAPS, 0.4)
@@ -256,6 +268,18 @@ def test_packed_calls_copy_nothing():
     }
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize(("seen", "launches"), [(Range(5, 9), 1), (Range(0, 5), 3)])
+def test_keys_with_gaps_are_gathered_at_once_up_to_twice_the_key_space(seen, launches, batch):
+    gap = (Range(0, 3), Range(5, 9))
+    plan = AttentionPlan(9, 9, (Segment(Range(0, 3), gap), Segment(Range(3, 5), (seen,)), Segment(Range(5, 9), gap)))
+    tensors, recorder = draw(plan, batch=batch), Recorder()
+    check(naive(recorder), tensors, plan)
+    assert len(recorder.forwards) == launches
+    if launches == 3:
+        assert recorder.forwards[1][1].data_ptr() == tensors[1].data_ptr()  # one range is where it is
+
+
 def test_a_packed_row_is_one_launch_both_ways_whose_gradients_are_taken_as_they_are():
     recorder = Recorder()
     _, *gradients = run(naive(recorder), draw(PLANS["two scenes"]), PLANS["two scenes"])
@@ -267,6 +291,17 @@ def test_tables_are_made_once_for_a_plan():
     for _ in range(3):
         run(naive(), draw(GAPS), GAPS)
     assert varlen._one_launch.cache_info().misses == varlen._schedule.cache_info().misses == 1
+
+
+def test_the_tables_of_a_launch_are_one_tensor():
+    device = torch.device("cpu")
+    launches = [varlen._one_launch(CAUSAL, 2, device), *varlen._schedule(CAUSAL, 2, device).launches]
+    packed = [launch[-1] for launch in launches if launch[-1] is not None]
+    assert len(packed) > 1
+    for sequences in packed:
+        tables = [x for x in sequences if isinstance(x, torch.Tensor)]
+        assert len({x.untyped_storage().data_ptr() for x in tables}) == 1
+        assert all(x.is_contiguous() for x in tables)
 
 
 # backward
@@ -291,29 +326,32 @@ def test_shares_are_added_up_in_float32_and_rounded_once(schedule):
 
 
 @pytest.mark.parametrize(
-    ("plan", "schedule", "wide"),
+    ("plan", "schedule", "buffers"),
     [
-        ("context-causal", "log_depth", [True, True, True]),
-        ("context-causal", "by_segment", [False, True, True]),  # a shot's queries are in one rectangle
-        ("history with gaps", "by_segment", [True, True, True]),
-        ("keys that nobody sees", "log_depth", [False, False, False]),
-        ("packed keys out of order", "by_segment", [False, False, False]),
+        ("context-causal", "log_depth", ["float32 zeros"] * 3),
+        ("context-causal", "by_segment", ["empty", "float32 zeros", "float32 zeros"]),  # queries are in one rectangle
+        ("history with gaps", "by_segment", ["float32 zeros"] * 3),
+        ("keys that nobody sees", "log_depth", ["empty", "zeros", "zeros"]),
+        ("packed keys out of order", "by_segment", ["empty", "zeros", "zeros"]),
+        ("all keys out of order", "by_segment", ["empty", "empty", "empty"]),
         ("two scenes", "log_depth", []),
     ],
 )
-def test_there_is_a_float32_buffer_only_where_shares_meet(plan, schedule, wide):
+def test_there_is_a_float32_buffer_only_where_shares_meet_and_zeros_only_where_some_may_stay(plan, schedule, buffers):
     made = []
+    names = {torch.ops.aten.new_zeros.default: "zeros", torch.ops.aten.new_empty.default: "empty"}
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            if function is torch.ops.aten.new_zeros.default:
-                made.append(kwargs["dtype"] == torch.float32)
+            if function in names:
+                wide = (kwargs or {}).get("dtype") == torch.float32
+                made.append("float32 " * wide + names[function])
             return function(*args, **kwargs or {})
 
     out = naive()(*draw(PLANS[plan], dtype=torch.bfloat16), PLANS[plan], 0.4)
     with scheduled(schedule), Watch():
         out.sum().backward()
-    assert made == wide
+    assert made == buffers
 
 
 def test_what_a_launch_leaves_in_its_gaps_does_not_matter():
@@ -375,8 +413,8 @@ def played(sequences):
 
 @pytest.fixture(params=RETURNS3)
 def flash3(request):
-    """FA3's operators on a CPU, as two builds declare them; yields the numbers of splits that were asked for."""
-    splits = []
+    """FA3's operators on a CPU, as two builds declare them; yields its splits of keys and its rows backward by call."""
+    calls = types.SimpleNamespace(splits=[], rows=[])
 
     def given(operator, args):
         """The arguments by name; those that are not looked at must be the defaults."""
@@ -388,7 +426,7 @@ def flash3(request):
 
     def fwd(*args):
         x, sequences = given("fwd", args)
-        splits.append(x.num_splits)
+        calls.splits.append(x.num_splits)
         out, lse = varlen_naive.forward(x.q, x.k, x.v, sequences, x.softmax_scale)
         return out, lse, out.new_empty(0), out.new_empty(0)
 
@@ -396,6 +434,7 @@ def flash3(request):
         x, sequences = given("bwd", args)
         assert x.deterministic == torch.are_deterministic_algorithms_enabled()
         assert x.seqused_k is None
+        calls.rows.append(len(x.q))
         shares = varlen_naive.backward(x.dout, x.q, x.k, x.v, x.out, x.softmax_lse, sequences, x.softmax_scale)
         for gradient, share in zip((x.dq, x.dk, x.dv), shares, strict=True):
             gradient.copy_(share)
@@ -408,7 +447,7 @@ def flash3(request):
         library.define(BWD3 + RETURNS3[request.param])
     library.impl("fwd", fwd, "CPU")
     library.impl("bwd", bwd, "CPU")
-    yield splits
+    yield calls
     library._destroy()
 
 
@@ -518,16 +557,52 @@ def test_deterministic_gradients_are_asked_for(flash3, flash2):
         torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture
+def processors(monkeypatch):
+    """As many multiprocessors as the test says, 132 without a word: those of an H100, H200 or H800."""
+
+    def there_are(number):
+        monkeypatch.setattr(flash, "_processors", lambda device: number)
+
+    there_are(132)
+    return there_are
+
+
 @pytest.mark.parametrize(
-    ("queries", "heads", "segments", "splits"),
-    [(1280, 26, 1, 0), (1281, 24, 1, 1), (1408, 24, 1, 1), (1280, 27, 1, 1), (64, 2, 2, 1)],
+    ("queries", "keys", "heads", "head_dim", "splits"),
+    [
+        (1800, 16_200, 24, 128, 1),  # benchmarks: C1, 2.7 waves
+        (29_400, 264_600, 24, 128, 1),  # C2
+        (29_400, 588_000, 16, 128, 1),  # C3
+        (1500, 300_000, 16, 128, 2),  # C4, 1.45 waves
+        (1500, 300_000, 16, 64, 1),  # 0.97 waves of larger tiles
+        (128, 300_000, 16, 128, 7),
+        (128, 8 * 4096 - 1, 16, 128, 6),
+        (1500, 2 * 4096 - 1, 16, 128, 1),  # too few keys to split
+    ],
 )
-def test_flash3_may_split_the_keys_of_few_queries_alone(queries, heads, segments, splits, flash3):
-    parts = [Range(i * queries // segments, (i + 1) * queries // segments) for i in range(segments)]
-    plan = AttentionPlan(queries, segments, tuple(Segment(q, (Range(i, i + 1),)) for i, q in enumerate(parts)))
+def test_flash3_splits_the_keys_until_few_processors_idle(queries, keys, heads, head_dim, splits, processors):
+    for batch in (1, 2):
+        q = torch.empty(batch, queries, heads // batch, head_dim, device="meta")
+        assert flash.splits(q, keys) == splits
+
+
+def test_flash3_splits_dense_calls_alone(flash3, processors):
+    processors(2)
+    both = AttentionPlan(3, 8192, (Segment(Range(0, 2), (Range(0, 8191),)), Segment(Range(2, 3), (Range(0, 8192),))))
     with torch.no_grad():
-        flash.FLASH3.load()(*draw(plan, heads, 1, 2, batch=1, dtype=torch.float32), plan, 1.0)
-    assert flash3 == [splits]
+        for plan in (both, both.rows(Range(0, 2)), both.rows(Range(2, 3))):
+            flash.FLASH3.load()(*draw(plan, 3, 1, 2, batch=1), plan, 1.0)
+    assert flash3.splits == [1, 1, 2]
+
+
+def test_flash3_never_passes_int32_between_the_entries_of_a_batch(flash3, monkeypatch):
+    plan = PLANS["one scene"]
+    distance = (plan.queries + 128) * 4 * 256
+    for last in (distance, distance - 1):
+        monkeypatch.setattr(flash, "_LAST", last)
+        check(flash.FLASH3.load(), draw(plan), plan)
+    assert flash3.rows == [2, 1, 1]
 
 
 @plans
@@ -572,22 +647,24 @@ def test_they_serve(head_dim, on, flash3, flash2):
 def test_they_refuse(spec, on, flash3, flash2):
     expected = "a Hopper GPU (sm_90)" if spec is flash.FLASH3 else "an NVIDIA GPU from sm_80 on"
     for hardware in ("cpu", "cuda", "mps", "sm_75"):  # "cuda" without a capability is a torch for ROCm
-        assert on(spec, hardware) == [f"hardware {hardware}: expected {expected}"]
-    assert on(spec, "sm_90", dtype=torch.float32) == ["dtype torch.float32: expected float16 or bfloat16"]
+        assert on(spec, hardware) == [f"hardware {hardware}: expected {expected}; use sdpa"]
+    cast = "cast q, k and v or use sdpa"
+    assert on(spec, "sm_90", dtype=torch.float32) == [f"dtype torch.float32: expected float16 or bfloat16; {cast}"]
     for head_dim in (60, 264):
-        assert on(spec, "sm_90", head_dim) == [f"head_dim {head_dim}: expected a multiple of 8, at most 256"]
+        assert on(spec, "sm_90", head_dim) == [f"head_dim {head_dim}: expected a multiple of 8, at most 256; use sdpa"]
     assert len(on(spec, "cpu", 60, torch.float64)) == 3
 
 
 def test_flash3_is_for_hopper_alone(on, flash3):
     for hardware in ("sm_80", "sm_100", "sm_120"):
-        assert on(flash.FLASH3, hardware) == [f"hardware {hardware}: expected a Hopper GPU (sm_90)"]
+        assert on(flash.FLASH3, hardware) == [f"hardware {hardware}: expected a Hopper GPU (sm_90); use sdpa"]
 
 
 def test_flash3_refuses_deterministic_gradients_of_large_heads(on, flash3):
     torch.use_deterministic_algorithms(True)
     try:
-        assert on(flash.FLASH3, "sm_90", 256) == ["head_dim 256: deterministic gradients are for at most 192"]
+        (reason,) = on(flash.FLASH3, "sm_90", 256)
+        assert reason == "head_dim 256: expected at most 192 for deterministic gradients; use flash2 or sdpa"
         assert on(flash.FLASH3, "sm_90", 192) == on(flash.FLASH3, "sm_90", 256, grad=False) == []
     finally:
         torch.use_deterministic_algorithms(False)
@@ -614,9 +691,9 @@ def test_flash2_refuses_what_is_missing_old_or_broken(version, on, monkeypatch):
     if version is None:
         assert reason == "flash-attn is not installed: pip install lct-core[flash-attn]"
     elif version.startswith("2.7"):
-        assert reason == "flash-attn 2.7.4.post1: expected 2.8 or newer"
+        assert reason == "flash-attn 2.7.4.post1: expected 2.8 or newer; pip install -U flash-attn"
     else:
-        assert reason.startswith("it cannot be loaded: ")
+        assert reason.startswith("it cannot be loaded: ModuleNotFoundError: ")
         assert reason.endswith(f"install what is missing, or a build for torch {torch.__version__}")
 
 
@@ -652,9 +729,20 @@ def test_flash3_refuses_where_it_is_not_installed(packages, on, monkeypatch):
 def test_flash3_refuses_a_library_that_cannot_be_loaded(packages, on):
     library = packages("flash_attn_3/_C.abi3.so")
     (reason,) = on(flash.FLASH3, "sm_90")
-    assert reason.startswith("it cannot be loaded: ")
+    assert reason.startswith("it cannot be loaded: OSError: ")
     assert str(library) in reason
-    assert on(flash.FLASH3, "cpu") == ["hardware cpu: expected a Hopper GPU (sm_90)"]  # it is not even tried
+    (reason,) = on(flash.FLASH3, "cpu")  # it is not even tried
+    assert reason.startswith("hardware cpu: ")
+
+
+def test_whatever_a_library_makes_of_being_loaded_is_a_refusal(packages, on, monkeypatch):
+    def load(path):
+        raise AttributeError("a build for another torch")
+
+    packages("flash_attn_3/_C.abi3.so")
+    monkeypatch.setattr(torch.ops, "load_library", load)
+    (reason,) = on(flash.FLASH3, "sm_90")
+    assert reason.startswith("it cannot be loaded: AttributeError: a build for another torch; install what is missing")
 
 
 def test_flash3_comes_from_its_own_package_or_from_xformers_and_cudas_runtime_before_it(packages, monkeypatch):
@@ -722,3 +810,19 @@ def test_gpu_later_shots_change_nothing(on_gpu):
         for x in poisoned:
             x[:, keys.stop :] = torch.finfo(x.dtype).max
         assert torch.equal(kernel(q, *poisoned, LONG, 0.1)[:, queries.slice], out[:, queries.slice])
+
+
+@pytest.mark.gpu
+@schedules
+def test_gpu_a_warm_call_never_waits_for_the_device(on_gpu, schedule):
+    kernel, mode = on_gpu.load(), torch.cuda.get_sync_debug_mode()
+    with scheduled(schedule):
+        for plan in PLANS.values():
+            tensors = draw(plan, 8, 2, 64, dtype=torch.bfloat16, device="cuda")
+            gradient = torch.zeros_like(tensors[0])
+            torch.autograd.grad(kernel(*tensors, plan, 0.1), tensors, gradient)  # makes the tables
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                torch.autograd.grad(kernel(*tensors, plan, 0.1), tensors, gradient)
+            finally:
+                torch.cuda.set_sync_debug_mode(mode)

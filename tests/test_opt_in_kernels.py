@@ -4,6 +4,7 @@ The libraries are stood in for by modules with their signatures and the semantic
 """
 
 import sys
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError
 from types import ModuleType, SimpleNamespace
 
@@ -40,11 +41,12 @@ every_plan = pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS.keys())
 grouped = pytest.mark.parametrize("kv_heads", [4, 2])
 
 
-def check(kernel, plan, kv_heads):
-    """Output and gradients against the reference, in float64."""
+def check(kernel, plan, kv_heads, batch=2):
+    """Output and gradients against the reference, in float64, on tensors whose last axis has any stride."""
     generator = torch.Generator().manual_seed(0)
-    shapes = [(2, n, h, 8) for n, h in ((plan.queries, 4), (plan.keys, kv_heads), (plan.keys, kv_heads))]
-    tensors = [torch.randn(s, generator=generator, dtype=torch.float64).requires_grad_() for s in shapes]
+    shapes = [(batch, n, h, 8) for n, h in ((plan.queries, 4), (plan.keys, kv_heads), (plan.keys, kv_heads))]
+    tensors = [torch.randn(s[::-1], generator=generator, dtype=torch.float64).permute(3, 2, 1, 0) for s in shapes]
+    tensors = [x.requires_grad_() for x in tensors]
     gradient = torch.randn(shapes[0], generator=generator, dtype=torch.float64)
     got, expected = (run(*tensors, plan, 0.3) for run in (kernel, reference))
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-13)
@@ -66,6 +68,13 @@ def install(monkeypatch, path, **attributes):
     for i in range(len(names)):
         monkeypatch.setitem(sys.modules, ".".join(names[: i + 1]), ModuleType(names[i]))
     vars(sys.modules[path]).update(attributes)
+
+
+@pytest.fixture(params=[False, True], ids=["", "deterministic"])
+def deterministic(request):
+    torch.use_deterministic_algorithms(request.param)
+    yield request.param
+    torch.use_deterministic_algorithms(False)
 
 
 def request(*, plan=PLANS["one scene"], dtype=torch.bfloat16, head_dim=64, grad=True):
@@ -143,6 +152,8 @@ def cudnn(monkeypatch):
         q, k, v, *, mask_plan, softmax_scale=None, deterministic=False, return_lse=False, return_max_logit=False
     ):
         assert mask_plan.of == [(*x.shape, x.dtype) for x in (q, k, v)]
+        assert q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
+        assert deterministic == torch.are_deterministic_algorithms_enabled()
         assert mask_plan.backward or not (torch.is_grad_enabled() and q.requires_grad)
         return masked(q, k, v, mask_plan.mask, softmax_scale)
 
@@ -154,7 +165,7 @@ def cudnn(monkeypatch):
 
 @every_plan
 @grouped
-def test_cudnn_flex(cudnn, plan, kv_heads):
+def test_cudnn_flex(cudnn, deterministic, plan, kv_heads):
     check(cudnn_flex.SPEC.load(), plan, kv_heads)
 
 
@@ -224,14 +235,16 @@ def magi_attention(monkeypatch):
         swap_bwd_qk_loop=False,
         return_max_logits=False,
     ):
-        calls.append(disable_fwd_atomic_reduction)
+        assert deterministic == torch.are_deterministic_algorithms_enabled()
         mask = torch.zeros(1, len(q), len(k), dtype=torch.bool)
         for queries, keys in zip(q_ranges.tolist(), k_ranges.tolist(), strict=True):
             mask[0, slice(*queries), slice(*keys)] = True
         repeated = len(q_ranges.unique(dim=0)) < len(q_ranges)
         assert not (disable_fwd_atomic_reduction and repeated)
         assert attn_type_map is None  # every query of a pair sees every key
-        return masked(q[None], k[None], v[None], mask, softmax_scale)[0], SimpleNamespace(lse=None, max_logits=None)
+        out = masked(q[None], k[None], v[None], mask, softmax_scale)[0]
+        calls.append(SimpleNamespace(without_atomics=disable_fwd_atomic_reduction, out=out))
+        return out, SimpleNamespace(lse=None, max_logits=None)
 
     install(monkeypatch, "magi_attention.functional", flex_flash_attn_func=flex_flash_attn_func)
     return calls
@@ -239,9 +252,17 @@ def magi_attention(monkeypatch):
 
 @every_plan
 @grouped
-def test_magi(magi_attention, plan, kv_heads):
-    check(magi.SPEC.load(), plan, kv_heads)
-    assert magi_attention == [plan.form != "gathered"] * 2  # one call for each entry of the batch
+@pytest.mark.parametrize("batch", [1, 2])
+def test_magi(magi_attention, deterministic, plan, kv_heads, batch):
+    check(magi.SPEC.load(), plan, kv_heads, batch)
+    assert [call.without_atomics for call in magi_attention] == [plan.form != "gathered"] * batch
+
+
+def test_magi_copies_no_output_of_a_single_entry(magi_attention):
+    plan = PLANS["one scene"]
+    q, k, v = (torch.zeros(1, plan.keys, 4, 8) for _ in range(3))
+    out = magi.magi(q, k, v, plan, 0.3)
+    assert out.data_ptr() == magi_attention[0].out.data_ptr()
 
 
 def test_the_placeholder_of_magi_attention_is_refused(monkeypatch, hopper, tmp_path):
@@ -257,7 +278,19 @@ def test_the_placeholder_of_magi_attention_is_refused(monkeypatch, hopper, tmp_p
 
 @pytest.fixture
 def flash_attn(monkeypatch):
-    """``flash_attn.cute.interface`` of flash-attn-4 4.0.0b36: its arguments in order, and of later ones some."""
+    """``flash_attn.cute.interface`` of flash-attn-4 4.0.0b36: its arguments in order, and of later ones some.
+
+    It compiles for, and launches on, the current device.
+    """
+    current = []
+
+    @contextmanager
+    def device_of(tensor):
+        current.append(tensor.device)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
 
     def sequences(cu_seqlens_q, cu_seqlens_k, seqused_k, max_seqlen_q, max_seqlen_k):
         if cu_seqlens_q is None:
@@ -284,6 +317,7 @@ def flash_attn(monkeypatch):
         return_lse=False,
     ):
         assert return_lse
+        assert current == [q.device]
         packed = sequences(cu_seqlens_q, cu_seqlens_k, seqused_k, max_seqlen_q, max_seqlen_k)
         return *varlen_naive.forward(q, k, v, packed, softmax_scale), None, None, None
 
@@ -304,7 +338,10 @@ def flash_attn(monkeypatch):
         seqused_k=None,
         max_seqlen_q=None,
         max_seqlen_k=None,
+        deterministic=False,
     ):
+        assert deterministic == torch.are_deterministic_algorithms_enabled()
+        assert current == [q.device]
         packed = sequences(cu_seqlens_q, cu_seqlens_k, seqused_k, max_seqlen_q, max_seqlen_k)
         return varlen_naive.backward(dout, q, k, v, out, lse, packed, softmax_scale)
 
@@ -313,7 +350,7 @@ def flash_attn(monkeypatch):
 
 @every_plan
 @grouped
-def test_flash4(flash_attn, plan, kv_heads):
+def test_flash4(flash_attn, deterministic, plan, kv_heads):
     check(flash4.SPEC.load(), plan, kv_heads)
 
 
@@ -355,8 +392,10 @@ def test_each_says_what_is_missing(monkeypatch, name):
     assert "install" in package or "build it from" in package
     assert hardware.startswith("hardware cpu: expected")
     assert "sm_90" in hardware
-    assert dtype == "dtype torch.float32: expected float16 or bfloat16"
+    assert hardware.endswith("; use sdpa")
+    assert dtype == "dtype torch.float32: expected float16 or bfloat16; cast q, k and v or use sdpa"
     assert head_dim.startswith("head_dim 12: expected")
+    assert head_dim.endswith("; use sdpa")
 
 
 def test_who_serves_what_beyond_that(installed, monkeypatch):

@@ -91,12 +91,13 @@ def test_the_masks_of_xformers_are_the_plan(plan):
 class Operator:
     """One of xformers' operators, that refuses as it is told."""
 
-    def __init__(self, name, reasons=()):
-        self.NAME, self.reasons, self.asked = name, list(reasons), []
+    def __init__(self, name):
+        self.NAME, self.reasons, self.asked, self.IS_DETERMINISTIC = name, [], [], True
 
     def not_supported_reasons(self, d):
         self.asked.append(d)
-        return list(self.reasons)
+        random = torch.are_deterministic_algorithms_enabled() and not self.IS_DETERMINISTIC
+        return self.reasons + ["operator is non-deterministic"] * random
 
 
 class Blocked(SimpleNamespace):
@@ -192,6 +193,16 @@ def test_one_launch_for_all_entries_without_a_mask_where_all_see_the_same_keys(x
     assert call["key"].shape[:2] == (2, plan.segments[0].num_keys)
 
 
+def test_gathering_has_a_gradient_that_adds_up_rows(xformers):
+    # that of index_select; an index in brackets is sorted for its gradient
+    for plan in (PLANS["history with gaps"], PLANS["packed out of order"]):
+        q, k, v = draw(plan, grad=True)
+        ours.xformers(q, k, v, plan, 0.3)
+        assert type(xformers.calls[0]["key"].grad_fn).__name__ == "SplitBackward0"
+        node, _ = xformers.calls[0]["key"].grad_fn.next_functions[0]
+        assert node.name() == "IndexSelectBackward0"
+
+
 # what it refuses
 
 
@@ -209,8 +220,8 @@ def test_it_refuses_where_xformers_is_not_there(monkeypatch):
     request = KernelRequest(PLANS["one scene"], CPU, torch.float32, 4, 4, 8, False)
     assert ours.SPEC.refusals(request) == [
         "no package xformers: pip install xformers",
-        "device cpu: expected cuda",
-        "dtype torch.float32: expected float16 or bfloat16",
+        "device cpu: expected cuda; use sdpa",
+        "dtype torch.float32: expected float16 or bfloat16; cast q, k and v or use sdpa",
     ]
 
 
@@ -225,10 +236,24 @@ def test_operators_are_asked_with_a_mask_of_the_kind_and_the_first_that_serves_i
     xformers.flash3.BwOp.reasons = ["too old"]
     for grad, taken in ((False, xformers.flash3), (True, xformers.flash)):
         assert ask(monkeypatch, PLANS["bidirectional"], grad=grad, device="cuda") == []
-        operators, _ = ours._operator("BlockDiagonalMask", torch.device("cuda"), torch.bfloat16, 8, grad)
+        operators, _ = ours._operator("BlockDiagonalMask", torch.device("cuda"), torch.bfloat16, 8, grad, False)
         assert operators == (taken.FwOp, taken.BwOp)
         assert type(taken.FwOp.asked[-1].attn_bias).__name__ == "BlockDiagonalMask"
         assert taken.FwOp.asked[-1].query.shape == (1, 1, 1, 8)
+
+
+def test_determinism_is_asked_for_anew_when_it_changes(xformers, monkeypatch):
+    for family in (xformers.flash3, xformers.flash, xformers.cutlass):
+        family.BwOp.IS_DETERMINISTIC = False
+    plan = PLANS["one scene"]
+    assert ask(monkeypatch, plan, grad=True, device="cuda") == []
+    torch.use_deterministic_algorithms(True)
+    try:
+        reasons = ask(monkeypatch, plan, grad=True, device="cuda")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert reasons == [f"{name}B: operator is non-deterministic" for name in ("flash3", "flash", "cutlass")]
+    assert ask(monkeypatch, plan, grad=True, device="cuda") == []
 
 
 def test_a_build_without_operators_is_refused_with_its_own_reasons(xformers, monkeypatch):
@@ -248,3 +273,4 @@ def test_a_build_that_cannot_be_imported_is_refused(monkeypatch):
     (reason,) = ask(monkeypatch, PLANS["one scene"], device="cuda")
     ours._operator.cache_clear()
     assert reason.startswith("xformers cannot be imported: ModuleNotFoundError")
+    assert reason.endswith(f"install a build for torch {torch.__version__}")

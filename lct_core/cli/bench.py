@@ -15,7 +15,19 @@ from lct_core.cli import options
 _ROOT = Path(__file__).parents[2]
 
 
-@click.group("bench", invoke_without_command=True)
+class _Bench(click.Group):
+    """What a command of the group refuses says which command it was."""
+
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except (ValueError, OSError) as error:
+            name = ctx.invoked_subcommand or ""
+            place = click.Context(self.commands[name], parent=ctx, info_name=name)
+            raise click.UsageError(str(error), place) from error
+
+
+@click.group("bench", cls=_Bench, invoke_without_command=True)
 @click.pass_context
 def command(ctx: click.Context) -> None:
     """Time attention kernels, compare two runs, render results.
@@ -69,6 +81,11 @@ def attention(
         return
     harness = _of_the_clone("harness")
     chosen = _chosen(cases, names, device)
+    known = {"auto", *harness.registry().kernels}
+    if unknown := [name for name in kernels if name not in known]:
+        raise ValueError(f"--kernel: got {unknown[0]!r}, expected one of {', '.join(sorted(known))}")
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)  # now: what is measured for nothing is lost
     good = True
     for case in chosen:
         if device not in (None, case.device) or tokens is not None:
@@ -80,7 +97,7 @@ def attention(
         try:
             measurement = harness.measure(case, kernels=kernels)
         except harness.DeviceLost as error:
-            click.echo(str(error), err=True)
+            click.echo(f"{error}; go on without, by --kernel with others", err=True)
             ctx.exit(1)
         console.print(_table(measurement))
         missing = _missing(measurement, kernels)

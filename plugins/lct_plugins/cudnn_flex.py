@@ -22,9 +22,11 @@ def cudnn_flex(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: floa
     """One launch for all queries, heads and entries of the batch."""
     from cudnn.flex_attention import flex_attn_func
 
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     mask = _mask_plan(plan, len(q), q.shape[2], k.shape[2], q.shape[3], q.dtype, q.device, grad)
-    return flex_attn_func(q, k, v, mask_plan=mask, softmax_scale=scale)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    return flex_attn_func(q, k, v, mask_plan=mask, softmax_scale=scale, deterministic=deterministic)
 
 
 def intervals(plan: AttentionPlan) -> Int[Tensor, "ends queries"]:
@@ -81,11 +83,11 @@ def _refusals(request: KernelRequest) -> list[str]:
             "pip install nvidia-cudnn-frontend"
         )
     if request.hardware not in _HARDWARE:
-        reasons.append(f"hardware {request.hardware}: expected one of {', '.join(_HARDWARE)}")
+        reasons.append(f"hardware {request.hardware}: expected one of {', '.join(_HARDWARE)}; use sdpa")
     if request.dtype not in (torch.float16, torch.bfloat16):
-        reasons.append(f"dtype {request.dtype}: expected float16 or bfloat16")
+        reasons.append(f"dtype {request.dtype}: expected float16 or bfloat16; cast q, k and v or use sdpa")
     if request.head_dim % 8 or not 8 <= request.head_dim <= 128:
-        reasons.append(f"head_dim {request.head_dim}: expected a multiple of 8, up to 128")
+        reasons.append(f"head_dim {request.head_dim}: expected a multiple of 8, up to 128; use sdpa")
     return reasons
 
 

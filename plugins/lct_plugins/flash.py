@@ -10,7 +10,7 @@ brings where torch is built for CUDA 13.
 
 import ctypes
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from importlib import import_module, metadata
 from importlib.util import find_spec
 from math import ceil
@@ -22,45 +22,76 @@ from torch import Tensor
 from lct_core import Kernel, KernelRequest, KernelSpec
 from lct_plugins.varlen import Provider, Sequences, attention
 
-_FEW_TILES = 2 * 132  # two waves of FA3's query tiles on an H100, H200 or H800: fewer leave processors idle
+_MOST_SPLITS = 8
+_LEAST_KEYS = 4096  # of a split (ours, modelled): the splits' outputs are written, read and merged
+_LAST = 2**31 - 1  # what an int32 reaches
 _NO_FLASH3 = (
     "FlashAttention-3 is not installed: build flash_attn_3 from flash-attention's hopper folder, "
     "or install an xformers that bundles it (0.0.34)"
 )
 
 
-def _forward3(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences | None, scale: float) -> tuple[Tensor, Tensor]:
-    few = sequences is None and q.shape[0] * ceil(q.shape[1] / 128) * q.shape[2] < _FEW_TILES
+def forward3(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences | None, scale: float) -> tuple[Tensor, Tensor]:
+    """FA3's forward pass, as :class:`lct_plugins.varlen.Provider` has it; needs its operators to be loaded."""
     out, lse, *_ = torch.ops.flash_attn_3.fwd(
         q,
         k,
         v,
         **_packed(sequences),
         softmax_scale=scale,
-        num_splits=0 if few else 1,  # 0: FA3 may split the keys, as for a short shot behind a long history
+        num_splits=splits(q, k.shape[1]) if sequences is None else 1,
     )
     return out, lse
 
 
-def _backward3(
+def splits(q: Tensor, keys: int) -> int:
+    """Into how many ranges FA3 is to split the keys of a dense call.
+
+    A short shot behind a long history has few tiles of queries, whose last wave leaves many processors idle. This is
+    the smallest number with which the waves are at least 85 % as full as with the best one, as FA3's own heuristic has
+    it, which however gives up where the tiles fill 80 % of a first wave. Modelled, not measured.
+
+    Args:
+        q: ``[batch, queries, heads, head_dim]``.
+        keys: Number of keys, all of which every query sees.
+    """
+    most = min(_MOST_SPLITS, keys // _LEAST_KEYS)
+    if most < 2:
+        return 1
+    rows = 192 if q.shape[3] <= 96 else 128  # of FA3's tiles
+    waves = q.shape[0] * ceil(q.shape[1] / rows) * q.shape[2] / _processors(q.device)
+    full = [waves * n / ceil(waves * n) for n in range(1, most + 1)]
+    return next(n for n, share in enumerate(full, start=1) if share >= 0.85 * max(full))
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def backward3(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, sequences: Sequences | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """FA3's backward pass, likewise."""
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))  # versions differ in what they return, not in what they fill
-    torch.ops.flash_attn_3.bwd(
-        dout,
-        q,
-        k,
-        v,
-        out,
-        lse,
-        dq,
-        dk,
-        dv,
-        **_packed(sequences),
-        softmax_scale=scale,
-        deterministic=torch.are_deterministic_algorithms_enabled(),
-    )
+    one_by_one = sequences is None and max(map(_accumulated, (q, k))) > _LAST
+    parts = (x.split(1 if one_by_one else len(x)) for x in (dout, q, k, v, out, lse, dq, dk, dv))
+    for part in zip(*parts, strict=True):
+        torch.ops.flash_attn_3.bwd(
+            *part,
+            **_packed(sequences),
+            softmax_scale=scale,
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+        )
     return dq, dk, dv
+
+
+def _accumulated(x: Tensor) -> int:
+    """At most how far apart the entries of a batch are in FA3's accumulators, which it computes in int32.
+
+    It pads tokens to its tiles, of 128 at most, and heads to 256 at most.
+    """
+    return (x.shape[1] + 128) * x.shape[2] * 256
 
 
 def _packed(sequences: Sequences | None) -> dict[str, Tensor | int | None]:
@@ -144,7 +175,7 @@ def _load_flash3() -> Kernel:
         for runtime in _installed("nvidia", "cuda_runtime/lib/libcudart.so.12"):
             ctypes.CDLL(str(runtime), mode=ctypes.RTLD_GLOBAL)
         torch.ops.load_library(library)
-    return partial(attention, provider=Provider(_forward3, _backward3))
+    return partial(attention, provider=Provider(forward3, backward3))
 
 
 def _has_flash3() -> bool:
@@ -175,7 +206,9 @@ def _load_flash_torch() -> Kernel:
 def _refusals3(request: KernelRequest) -> list[str]:
     reasons = _limits(request, request.hardware == "sm_90", "a Hopper GPU (sm_90)")
     if request.grad and request.head_dim > 192 and torch.are_deterministic_algorithms_enabled():
-        reasons.append(f"head_dim {request.head_dim}: deterministic gradients are for at most 192")
+        reasons.append(
+            f"head_dim {request.head_dim}: expected at most 192 for deterministic gradients; use flash2 or sdpa"
+        )
     if not _has_flash3() and _flash3_library() is None:
         reasons.append(_NO_FLASH3)
     return reasons or _trouble(_load_flash3)
@@ -189,7 +222,7 @@ def _refusals2(request: KernelRequest) -> list[str]:
         reasons.append("flash-attn is not installed: pip install lct-core[flash-attn]")
     else:
         if [int(part) for part in version.split(".")[:2]] < [2, 8]:
-            reasons.append(f"flash-attn {version}: expected 2.8 or newer")
+            reasons.append(f"flash-attn {version}: expected 2.8 or newer; pip install -U flash-attn")
     return reasons or _trouble(_load_flash2)
 
 
@@ -204,11 +237,11 @@ def _limits(request: KernelRequest, served: bool, hardware: str) -> list[str]:
     """What all three refuse."""
     reasons = []
     if not served:
-        reasons.append(f"hardware {request.hardware}: expected {hardware}")
+        reasons.append(f"hardware {request.hardware}: expected {hardware}; use sdpa")
     if request.dtype not in (torch.float16, torch.bfloat16):
-        reasons.append(f"dtype {request.dtype}: expected float16 or bfloat16")
+        reasons.append(f"dtype {request.dtype}: expected float16 or bfloat16; cast q, k and v or use sdpa")
     if request.head_dim % 8 or request.head_dim > 256:
-        reasons.append(f"head_dim {request.head_dim}: expected a multiple of 8, at most 256")
+        reasons.append(f"head_dim {request.head_dim}: expected a multiple of 8, at most 256; use sdpa")
     return reasons
 
 
@@ -222,9 +255,10 @@ def _trouble(load: Callable[[], Kernel]) -> list[str]:
     """Why a kernel that is installed cannot be loaded: most often it was built for another torch or CUDA."""
     try:
         load()
-    except (ImportError, OSError, RuntimeError) as error:
+    except Exception as error:  # whatever a build for another torch makes of it
+        cause = error.__cause__ or error
         return [
-            f"it cannot be loaded: {error.__cause__ or error}; install what is missing, "
+            f"it cannot be loaded: {type(cause).__name__}: {cause}; install what is missing, "
             f"or a build for torch {torch.__version__}"
         ]
     return []

@@ -23,7 +23,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences | None, scale:
     from flash_attn.cute.interface import _flash_attn_fwd
 
     options = {} if sequences is None else sequences._asdict()
-    out, lse, *_ = _flash_attn_fwd(q, k, v, softmax_scale=scale, return_lse=True, **options)
+    with torch.cuda.device_of(q):
+        out, lse, *_ = _flash_attn_fwd(q, k, v, softmax_scale=scale, return_lse=True, **options)
     return out, lse
 
 
@@ -34,7 +35,9 @@ def backward(
     from flash_attn.cute.interface import _flash_attn_bwd
 
     options: dict[str, Any] = {} if sequences is None else sequences._asdict()
-    dq, dk, dv = _flash_attn_bwd(q, k, v, out, dout, lse, softmax_scale=scale, **options)
+    options["deterministic"] = torch.are_deterministic_algorithms_enabled()
+    with torch.cuda.device_of(q):
+        dq, dk, dv = _flash_attn_bwd(q, k, v, out, dout, lse, softmax_scale=scale, **options)
     return dq, dk, dv
 
 
@@ -46,11 +49,11 @@ def refusals(request: KernelRequest) -> list[str]:
     except PackageNotFoundError:
         reasons.append("no package flash-attn-4: pip install --pre flash-attn-4")
     if request.hardware not in _HARDWARE:
-        reasons.append(f"hardware {request.hardware}: expected one of {', '.join(_HARDWARE)}")
+        reasons.append(f"hardware {request.hardware}: expected one of {', '.join(_HARDWARE)}; use sdpa")
     if request.dtype not in (torch.float16, torch.bfloat16):
-        reasons.append(f"dtype {request.dtype}: expected float16 or bfloat16")
+        reasons.append(f"dtype {request.dtype}: expected float16 or bfloat16; cast q, k and v or use sdpa")
     if request.head_dim % 8 or not 8 <= request.head_dim <= 128:
-        reasons.append(f"head_dim {request.head_dim}: expected a multiple of 8, up to 128")
+        reasons.append(f"head_dim {request.head_dim}: expected a multiple of 8, up to 128; use sdpa")
     return reasons
 
 

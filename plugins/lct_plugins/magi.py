@@ -27,16 +27,21 @@ def magi(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float) -> 
     """One launch for each entry of the batch."""
     from magi_attention.functional import flex_flash_attn_func
 
-    # where no query is in two pairs, nothing is to be added up
-    call = partial(flex_flash_attn_func, softmax_scale=scale, disable_fwd_atomic_reduction=plan.form != "gathered")
-    return torch.stack([call(*entry, *pairs(plan, q.device))[0] for entry in zip(q, k, v, strict=True)])
+    call = partial(
+        flex_flash_attn_func,
+        softmax_scale=scale,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+        disable_fwd_atomic_reduction=plan.form != "gathered",  # no query is in two pairs: nothing is to be added up
+    )
+    outputs = [call(*entry, *pairs(plan, q.device))[0] for entry in zip(q, k, v, strict=True)]
+    return outputs[0][None] if len(outputs) == 1 else torch.stack(outputs)
 
 
 @lru_cache(maxsize=64)
 def pairs(plan: AttentionPlan, device: torch.device) -> Pairs:
     """One pair for every segment and every one of its key ranges."""
     both = [(queries, keys) for queries, ranges in plan.segments for keys in ranges]
-    return Pairs(*(torch.tensor(side, dtype=torch.int32, device=device) for side in zip(*both, strict=True)))
+    return Pairs(*torch.tensor([*zip(*both, strict=True)], dtype=torch.int32, device=device))
 
 
 def _load() -> Kernel:
@@ -53,11 +58,11 @@ def _refusals(request: KernelRequest) -> list[str]:
             "https://github.com/SandAI-org/MagiAttention"
         )
     if request.hardware != "sm_90":
-        reasons.append(f"hardware {request.hardware}: expected sm_90")
+        reasons.append(f"hardware {request.hardware}: expected sm_90; use sdpa")
     if request.dtype not in (torch.float16, torch.bfloat16):
-        reasons.append(f"dtype {request.dtype}: expected float16 or bfloat16")
+        reasons.append(f"dtype {request.dtype}: expected float16 or bfloat16; cast q, k and v or use sdpa")
     if request.head_dim not in (64, 128):
-        reasons.append(f"head_dim {request.head_dim}: expected 64 or 128")
+        reasons.append(f"head_dim {request.head_dim}: expected 64 or 128; use sdpa")
     return reasons
 
 

@@ -1,10 +1,11 @@
 """Attention over a plan by flash-attention's variable-length kernels, whoever provides them.
 
-Forward, a plan is one launch: a dense call where all queries see one range of keys, else one sequence for each segment.
-A sequence's keys start at its entry of ``cu_seqlens_k`` and are as many as its entry of ``seqused_k``, so the key
-ranges of different sequences may overlap and nothing is copied; only ranges with gaps are gathered. No library
-documents the overlap: tests marked ``gpu`` pin it. A kernel may read whole tiles, of which what lies behind a
-sequence's end gets weight 0: it cannot change the output while it is finite.
+Forward, a plan is one launch: a dense call where there is one segment, else one sequence for each. A sequence's keys
+start at its entry of ``cu_seqlens_k`` and are as many as its entry of ``seqused_k``, so the key ranges of different
+sequences may overlap and nothing is copied; only ranges with gaps are gathered, segment by segment in dense calls where
+all of them together would be more than twice the key space. No library documents the overlap: tests marked ``gpu`` pin
+it. A kernel may read whole tiles, of which what lies behind a sequence's end gets weight 0: it cannot change the output
+while it is finite.
 
 Backward, kernels store the gradients of keys and values and do not add to what is there, so overlapping sequences
 would race. Instead the plan runs as rounds of rectangles (:mod:`lct_core.rectangles`), one launch each, with the output
@@ -28,6 +29,7 @@ from lct_core.masks import AttentionPlan
 from lct_core.rectangles import Rectangle, Round, by_segment, log_depth
 
 _LONG_SHOT = 4096  # tokens from which on a launch for every shot is thought to pay: modelled, not yet measured
+_MOST_GATHERED = 2  # times the key space that are gathered at once (ours): copies for all segments grow with the square
 _PLANS = 32  # whose tables are kept
 
 
@@ -70,6 +72,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float
     Shapes are those of :func:`lct_core.attend`; the arithmetic is the provider's, gradients are added up in float32 at
     least.
     """
+    if scale < 0:  # kernels take the largest score before they scale it
+        q, scale = -q, -scale
     out: Tensor = _Attention.apply(q, k, v, plan, scale, provider)
     return out
 
@@ -99,14 +103,14 @@ class _Attention(torch.autograd.Function):
         wide = torch.promote_types(q.dtype, torch.float32)
         of = (0, 1, 1)  # the axis of a rectangle that each gradient lies along
         totals = [
-            x.new_zeros(x.shape, dtype=x.dtype if schedule.alone[axis] else wide) if need else None
+            _buffer(x, wide, alone=schedule.alone[axis], seen=schedule.seen[axis]) if need else None
             for x, axis, need in zip((q, k, v), of, ctx.needs_input_grad[:3], strict=True)
         ]
         for launch in schedule.launches:
             shares = _shares(launch, dout, q, k, v, out, lse, ctx.scale, ctx.provider)
             for total, share, axis in zip(totals, shares, of, strict=True):
                 if total is not None:
-                    _add(total, share, launch, axis)
+                    _put(total, share, launch, axis, alone=schedule.alone[axis])
             del shares  # before the next launch makes its own
         return *(None if total is None else total.to(q.dtype) for total in totals), None, None, None
 
@@ -115,17 +119,26 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float, provider: Provider
 ) -> tuple[Tensor, Tensor]:
     """The output, like q, and the log-sum-exp, ``[batch, heads, queries]``."""
-    if plan.form == "dense":
-        keys = plan.segments[0].keys[0].slice
-        return provider.forward(q, k[:, keys], v[:, keys], None, scale)
+    gathered = sum(segment.num_keys for segment in plan.segments) if plan.form == "gathered" else 0
+    if len(plan.segments) == 1 or gathered > _MOST_GATHERED * plan.keys:
+        calls = [
+            provider.forward(q[:, queries.slice], _gather(k, keys), _gather(v, keys), None, scale)
+            for queries, keys in plan.segments
+        ]
+        outputs, sums = zip(*calls, strict=True)
+        return calls[0] if len(calls) == 1 else (torch.cat(outputs, dim=1), torch.cat(sums, dim=2))
     batch = q.shape[0]
     index, sequences = _one_launch(plan, batch, q.device)
     if index is not None:
         k, v = k.index_select(1, index), v.index_select(1, index)
-        if len(plan.segments) == 1:
-            return provider.forward(q, k, v, None, scale)
     out, lse = provider.forward(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), sequences, scale)
     return out.unflatten(0, (batch, -1)), lse.unflatten(1, (batch, -1)).transpose(0, 1)
+
+
+def _gather(x: Tensor, ranges: tuple[Range, ...]) -> Tensor:
+    """Some ranges of keys: a view where they are one."""
+    parts = [x[:, r.slice] for r in ranges]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 @lru_cache(maxsize=_PLANS)
@@ -134,14 +147,14 @@ def _one_launch(plan: AttentionPlan, batch: int, device: torch.device) -> tuple[
     one = plan.varlen()
     keys = plan.keys if one.key_index is None else len(one.key_index)
     entry = torch.arange(batch, dtype=torch.int32)[:, None]
-    sequences = Sequences(
+    tables = (
         # the last entry of cu_seqlens_k is not read: seqused_k has the lengths
-        F.pad((one.cu_seqlens_q[:-1] + entry * plan.queries).flatten(), (0, 1), value=batch * plan.queries).to(device),
-        F.pad((one.cu_seqlens_k[:-1] + entry * keys).flatten(), (0, 1), value=batch * keys).to(device),
-        one.seqused_k.repeat(batch).to(device),
-        one.max_seqlen_q,
-        one.max_seqlen_k,
+        F.pad((one.cu_seqlens_q[:-1] + entry * plan.queries).flatten(), (0, 1), value=batch * plan.queries),
+        F.pad((one.cu_seqlens_k[:-1] + entry * keys).flatten(), (0, 1), value=batch * keys),
+        one.seqused_k.repeat(batch),
     )
+    cu_q, cu_k, used = torch.cat(tables).to(device).split([len(table) for table in tables])  # sent at once
+    sequences = Sequences(cu_q, cu_k, used, one.max_seqlen_q, one.max_seqlen_k)
     return None if one.key_index is None else one.key_index.to(device), sequences
 
 
@@ -161,12 +174,14 @@ class _Launch(NamedTuple):
 class _Schedule(NamedTuple):
     """The launches of a plan's backward pass.
 
-    ``complete``: they are one, which leaves out no key. ``alone``: whether no query, and no key, is in two rectangles.
+    ``complete``: they are one, which leaves out no key. ``alone``: whether no query, and no key, is in two rectangles;
+    ``seen``: whether, where none is, each of them is in one.
     """
 
     launches: tuple[_Launch, ...]
     complete: bool
     alone: tuple[bool, bool]
+    seen: tuple[bool, bool]
 
 
 @lru_cache(maxsize=_PLANS)
@@ -178,6 +193,7 @@ def _schedule(plan: AttentionPlan, batch: int, device: torch.device) -> _Schedul
         tuple(_launch(one, plan, batch, device) for one in rounds),
         complete=len(rounds) == 1 and keys == plan.keys,
         alone=(queries == plan.queries, plan.form in ("dense", "packed")),  # every query sees some key
+        seen=(True, keys == plan.keys),
     )
 
 
@@ -196,13 +212,15 @@ def _launch(rectangles: Round, plan: AttentionPlan, batch: int, device: torch.de
         sizes += [gap for gap in gaps if any(gap)] + [(queries.size, keys.size)]
         end = queries.stop, keys.stop
     of_queries, of_keys = zip(*sizes, strict=True)
+    ends = [[*accumulate(of, initial=0)] for of in (of_queries, of_keys)]
+    cu_q, cu_k = torch.tensor(ends, dtype=torch.int32, device=device)  # sent at once
     return _Launch(
         Range(packed[0].queries.start, end[0]),
         Range(packed[0].keys.start, end[1]),
         packed,
         Sequences(
-            torch.tensor([*accumulate(of_queries, initial=0)], dtype=torch.int32, device=device),
-            torch.tensor([*accumulate(of_keys, initial=0)], dtype=torch.int32, device=device),
+            cu_q,
+            cu_k,
             None,
             max(of_queries),
             max(of_keys),
@@ -240,10 +258,18 @@ def _part(x: Tensor, launch: _Launch, tokens: Range) -> Tensor:
     return x.narrow(1 if launch.sequences is None else 0, tokens.start, tokens.size)
 
 
-def _add(total: Tensor, share: Tensor, launch: _Launch, axis: int) -> None:
-    """Add a launch's share to a gradient: its rectangles, and nothing of what the kernel left between them."""
+def _buffer(x: Tensor, wide: torch.dtype, *, alone: bool, seen: bool) -> Tensor:
+    """What shares of the gradient of a tensor are added up in, or, where each stands alone, copied to."""
+    if not alone:
+        return x.new_zeros(x.shape, dtype=wide)
+    return x.new_empty(x.shape) if seen else x.new_zeros(x.shape)
+
+
+def _put(total: Tensor, share: Tensor, launch: _Launch, axis: int, *, alone: bool) -> None:
+    """Bring a launch's share into a gradient: its rectangles, and nothing of what the kernel left between them."""
     start = (launch.queries, launch.keys)[axis].start
     whole = total if launch.sequences is None else total.flatten(0, 1)
     for rectangle in launch.rectangles:
         tokens = rectangle[axis]
-        _part(whole, launch, tokens).add_(_part(share, launch, _moved(tokens, -start)))
+        here = _part(whole, launch, tokens)
+        (here.copy_ if alone else here.add_)(_part(share, launch, _moved(tokens, -start)))

@@ -1,6 +1,7 @@
 """xformers' memory-efficient attention, with the operators that its build has for the hardware.
 
-Shots behind their prefixes are one launch forward, by keys with gaps; backward xformers has none for such keys. Whether
+Shots behind their prefixes are one launch forward, by keys with gaps; backward xformers has none for such keys. Grouped
+heads it has forward only, as an experiment: keys and values are repeated for each of q's heads instead. Whether
 a build has an operator at all is asked of xformers itself, and its own reasons are handed on. Read at 0.0.34 and
 0.0.35. It was not yet run on a GPU.
 """
@@ -35,11 +36,13 @@ def xformers(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float)
     from xformers.ops import fmha
 
     grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    operator, _ = _operator(_kind(plan), q.device, q.dtype, q.shape[-1], grad)
+    operator, _ = _operator(
+        _kind(plan), q.device, q.dtype, q.shape[-1], grad, torch.are_deterministic_algorithms_enabled()
+    )
     if plan.form != "overlapping":
         index = _visible(plan, q.device)
-        k, v = k[:, index], v[:, index]
-    if q.shape[2] != k.shape[2]:  # xformers has grouped heads forward only
+        k, v = (x[:, index] if isinstance(index, slice) else x.index_select(1, index) for x in (k, v))
+    if q.shape[2] != k.shape[2]:
         k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))
     bias = _bias(plan, q.device)
     rows = [(q, k, v)] if bias is None else zip(q.split(1), k.split(1), v.split(1), strict=True)
@@ -97,13 +100,17 @@ def _mask(kind: str | None, blocks: Blocks, device: torch.device) -> Any:
 
 @lru_cache(maxsize=64)
 def _operator(
-    kind: str | None, device: torch.device, dtype: torch.dtype, head_dim: int, grad: bool
+    kind: str | None, device: torch.device, dtype: torch.dtype, head_dim: int, grad: bool, deterministic: bool
 ) -> tuple[tuple[Any, Any] | None, tuple[str, ...]]:
-    """The first pair of operators, forward and backward, that serves a mask of a kind, or every one's reasons."""
+    """The first pair of operators, forward and backward, that serves a mask of a kind, or every one's reasons.
+
+    ``deterministic`` is torch's own setting, which xformers reads for itself: here it is but a part of the key.
+    """
     try:
         from xformers.ops import fmha
     except Exception as error:  # whatever a build for another torch, or a half-installed flash_attn, makes of it
-        return None, (f"xformers cannot be imported: {type(error).__name__}: {error}",)
+        why = f"xformers cannot be imported: {type(error).__name__}: {error}"
+        return None, (f"{why}; install a build for torch {torch.__version__}",)
     token = torch.empty(1, 1, 1, head_dim, dtype=dtype, device=device)
     inputs = fmha.Inputs(token, token, token, attn_bias=_mask(kind, Blocks([1], [0, 1], [1]), device), scale=1.0)
     reasons = []
@@ -125,16 +132,23 @@ def _refusals(request: KernelRequest) -> list[str]:
     if find_spec("xformers") is None:
         reasons.append("no package xformers: pip install xformers")
     if request.device.type != "cuda":
-        reasons.append(f"device {request.device.type}: expected cuda")
+        reasons.append(f"device {request.device.type}: expected cuda; use sdpa")
     if request.dtype not in (torch.float16, torch.bfloat16):
-        reasons.append(f"dtype {request.dtype}: expected float16 or bfloat16")
+        reasons.append(f"dtype {request.dtype}: expected float16 or bfloat16; cast q, k and v or use sdpa")
     if request.grad and request.plan.form == "overlapping":
         reasons.append(
             "gradients where key ranges overlap: xformers' backward takes no keys with gaps, and copies of every "
             "prefix would grow with the square of the shots; use sdpa or triton"
         )
     if not reasons:
-        _, why = _operator(_kind(request.plan), request.device, request.dtype, request.head_dim, request.grad)
+        _, why = _operator(
+            _kind(request.plan),
+            request.device,
+            request.dtype,
+            request.head_dim,
+            request.grad,
+            torch.are_deterministic_algorithms_enabled(),
+        )
         reasons += why
     return reasons
 
