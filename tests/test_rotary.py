@@ -328,12 +328,16 @@ def test_learned_angles_get_their_gradient(monkeypatch):
 
 @pytest.fixture(scope="module")
 def interpreted():
-    """Triton reads the environment when a kernel is defined: so too its own sum, which ours calls."""
-    triton = pytest.importorskip("triton")
+    """Triton reads the environment when a kernel is defined: so too its own sum, which ours calls.
+
+    Its sum made anew as a kernel would leave Triton's language interpreted for all that is compiled later.
+    """
+    tl = pytest.importorskip("triton.language")
     name = "lct_plugins._triton_rotary"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
-        patch.setattr(triton.language, "sum", triton.jit(triton.language.sum.fn))
+        add = tl.standard._sum_combine
+        patch.setattr(tl, "sum", lambda x, axis, keep_dims: tl.reduce(x, axis, add, keep_dims=keep_dims))
         patch.delitem(sys.modules, name, raising=False)
         yield "cpu"
         sys.modules.pop(name, None)
