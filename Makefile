@@ -5,10 +5,12 @@ BIN := .venv/bin
 # Benchmarks run with this Python. One that has torch and pytest but can install nothing works from the source tree:
 # make bench-gpu RUN=python3
 RUN ?= $(BIN)/python
+# How many tests run side by side, each on one thread; a file's stay together.
+JOBS ?= 2
 READY := .venv/ready
 ifneq ($(RUN),$(BIN)/python)
 READY := runs/site/ready
-bench bench-gpu: export PYTHONPATH := $(CURDIR):$(CURDIR)/backbones:$(CURDIR)/plugins:$(CURDIR)/runs/site$(if $(PYTHONPATH),:$(PYTHONPATH))
+bench bench-history bench-gpu: export PYTHONPATH := $(CURDIR):$(CURDIR)/backbones:$(CURDIR)/plugins:$(CURDIR)/runs/site$(if $(PYTHONPATH),:$(PYTHONPATH))
 endif
 # What pytest is told besides: make bench-gpu ARGS=--fresh
 ARGS ?=
@@ -17,13 +19,13 @@ RESTARTS := 50
 GPU_TESTS = $(shell grep -l 'mark\.gpu' tests/test_*.py)
 GPU_BENCHMARKS = $(filter-out benchmarks/test_attention.py,$(shell grep -l 'mark\.gpu' benchmarks/test_*.py))
 
-.PHONY: demo test lint bench bench-gpu clean
+.PHONY: demo test lint bench bench-history bench-gpu clean
 
 demo: .venv/ready  ## train, retrofit, tune and generate: LCT seen to work, in runs/demo
 	$(BIN)/lct demo
 
 test: .venv/ready  ## the whole test suite
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 lint: .venv/ready  ## formatting, lint and types
 	$(BIN)/ruff format --check .
@@ -34,6 +36,13 @@ bench: $(READY)  ## benchmarks that a CPU can run, into benchmarks/results
 	$(RUN) -m pytest benchmarks -m "not gpu" $(ARGS); code=$$?; \
 	$(RUN) -m benchmarks.figure1; figure=$$?; \
 	$(RUN) -m benchmarks.report; exit $$((code | figure | $$?))
+
+bench-history: $(READY) runs/demo/causal.pt  ## what a history is worth, on the demo's model, into benchmarks/results
+	$(RUN) -m benchmarks.history runs/demo/causal.pt
+	$(RUN) -m benchmarks.report
+
+runs/demo/causal.pt:
+	$(MAKE) demo
 
 bench-gpu: $(READY)  ## correctness on a GPU, then the Hopper cases; goes on where it was interrupted
 	$(RUN) -m pytest $(GPU_TESTS) -m gpu -W default; tests=$$?; \

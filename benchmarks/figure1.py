@@ -78,7 +78,7 @@ def _dress(ax: Any, title: str, unit: str) -> None:
     ax.set_yscale("log")
     ax.yaxis.set_major_formatter("{x:g}")
     ax.set_xlabel("shots")
-    ax.set_xticks([1, 4, 8, 12, 16, 20])
+    ax.set_xticks([1, 4, 9, 12, 16, 20])
     ax.grid(axis="y", alpha=0.25)
     ax.spines[["top", "right"]].set_visible(False)
     _write_ends(ax, [bars.lines[0] for bars in ax.containers])

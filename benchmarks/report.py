@@ -51,6 +51,9 @@ ATTENTION: Record = {
     "shape": {**dict.fromkeys(("pattern", "direction", "dtype"), str), **dict.fromkeys(("queries", "keys"), int)},
 }
 
+#: And of what a measurement shows besides, in tables of its own.
+TABLES: Record = {"tables": [{"title": str, "about": str, "rows": [dict]}]}
+
 PLOTS = {"cuda": "rates-gpu.png", "cpu": "rates.png"}
 DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 WIDEST = 3  # panels side by side
@@ -62,7 +65,7 @@ def main(folder: Path = Path(__file__).parent / "results") -> None:
     for device, name in PLOTS.items():
         plot([r for r in records if r["device"] == device], folder / name)
     pictures = [f"![{path.stem}]({path.name})" for path in sorted(folder.glob("*.png"))]
-    parts = ["# Benchmarks", *pictures, *map("\n".join, (hopper(records), *_by_machine(records)))]
+    parts = ["# Benchmarks", *pictures, *map("\n".join, (hopper(records), *tables(records), *_by_machine(records)))]
     (folder / "report.md").write_text("\n\n".join(parts) + "\n")
 
 
@@ -93,6 +96,8 @@ def read(path: Path) -> Record:
     if not faults and "auto" in record:
         record = {"lost": {}, "refusals": {}} | record
         faults = _faults(record, ATTENTION)
+    if not faults and "tables" in record:
+        faults = _faults(record, TABLES)
     if faults:
         raise ValueError(f"{path}: expected a result as make bench writes it, but of that it lacks {', '.join(faults)}")
     return record
@@ -136,6 +141,36 @@ def hopper(records: Sequence[Record], cases: Sequence[Case] = CASES) -> list[str
         for case in gpu
     ]
     return lines
+
+
+def tables(records: Sequence[Record]) -> list[list[str]]:
+    """What measurements show in tables of their own, and where they were measured; those of one name are one."""
+    sections: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for r in records:
+        for t in r.get("tables", ()):
+            about = f"{t['about']} Measured on {_setting(r)}."
+            sections.setdefault((t["title"], about), []).extend(t["rows"])
+    return [[f"## {title}", "", about, "", *table(rows)] for (title, about), rows in sections.items()]
+
+
+def table(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Rows under the names of what they hold: numbers to three digits, goals as met or not, None as nothing."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    numbers = [all(_is_number(row.get(name)) for row in rows) for name in columns]
+    rule = f"|{'|'.join('---:' if right else '---' for right in numbers)}|"
+    return [_line(columns), rule, *(_line(_cell(row.get(name)) for name in columns) for row in rows)]
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "**no**"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.3g}" if isinstance(value, float) else str("" if value is None else value)
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
 
 
 def _sizes(case: Case) -> str:

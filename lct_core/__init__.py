@@ -20,7 +20,7 @@ from lct_core.backbone import (
     Traits,
     collate_shots,
 )
-from lct_core.cache import CachedShot, KVCache
+from lct_core.cache import Budget, CachedShot, KVCache
 from lct_core.coordinates import coordinates
 from lct_core.experts import ExpertCache, Experts
 from lct_core.layout import Layout, Range, Shot
@@ -31,6 +31,7 @@ from lct_core.masks import (
     Varlen,
     bidirectional,
     context_causal,
+    first_frames,
     own_and_global_text,
     own_shot,
     own_text,
@@ -57,6 +58,7 @@ __all__ = [
     "AttentionPlan",
     "Backbone",
     "BackboneSpec",
+    "Budget",
     "CachedShot",
     "ExpertCache",
     "Experts",
@@ -90,6 +92,7 @@ __all__ = [
     "condition_levels",
     "context_causal",
     "coordinates",
+    "first_frames",
     "hookimpl",
     "joint_levels",
     "move",

@@ -72,7 +72,7 @@ class AttentionPlan:
     segments: tuple[Segment, ...]
 
     def __post_init__(self) -> None:
-        segments = tuple(Segment(Range(*queries), _merge(keys)) for queries, keys in self.segments)
+        segments = tuple(Segment(Range(*queries), merged(keys)) for queries, keys in self.segments)
         object.__setattr__(self, "segments", segments)
         end = 0
         for i, (queries, keys) in enumerate(segments):
@@ -256,6 +256,24 @@ def selected_history(layout: Layout, history: Sequence[Iterable[int]]) -> Attent
     )
 
 
+def first_frames(layout: Layout, *, causal: bool = False) -> AttentionPlan:
+    """Every shot sees itself, the global shot, and the first latent frame of every other shot of its scene.
+
+    After HoloCine (Meng et al., arXiv 2510.20822), where a shot's first frame stands for it. Of another shot only video
+    is seen, not its text.
+
+    Args:
+        layout: The row's scenes of shots.
+        causal: Whether a shot sees the earlier shots alone (default: all of its scene).
+    """
+    keys = [
+        [layout.spans[own], *(_summary(layout, shot) for shot in (range(scene.start, own) if causal else scene))]
+        for scene in layout.scene_shots
+        for own in scene
+    ]
+    return _plan(layout, layout.spans, keys)
+
+
 def own_text(layout: Layout) -> AttentionPlan:
     """Cross-attention from every shot's video tokens to its own text; both spaces are in row order."""
     return _text_plan(layout, with_global=False)
@@ -292,7 +310,7 @@ def seen_text(layout: Layout, plan: AttentionPlan) -> AttentionPlan:
                 continue
             # A global prompt without video is shown by no plan: its whole scene sees it.
             prompt = [texts[shots.start]] if layout.shots[shots.start].role == "global" else []
-            seen = _merge([*shown, *prompt])
+            seen = merged([*shown, *prompt])
             if not seen:
                 own = next(i for i, video in enumerate(videos) if video.start <= part.start < video.stop)
                 raise ValueError(
@@ -311,6 +329,15 @@ def _plan(layout: Layout, queries: Iterable[Range], keys: Iterable[Iterable[Rang
     return AttentionPlan(layout.tokens, layout.tokens, segments)
 
 
+def _summary(layout: Layout, shot: int) -> Range:
+    """The tokens that stand for a shot: the first frame of its video, or all of a global shot."""
+    own, span = layout.shots[shot], layout.spans[shot]
+    if own.role == "global":
+        return span
+    start = span.start + (own.text if layout.text_first else 0)
+    return Range(start, start + own.video // own.grid[0])
+
+
 def _text_plan(layout: Layout, *, with_global: bool) -> AttentionPlan:
     videos = consecutive(shot.video for shot in layout.shots)
     texts = consecutive(shot.text for shot in layout.shots)
@@ -320,7 +347,7 @@ def _text_plan(layout: Layout, *, with_global: bool) -> AttentionPlan:
         for shot in scene:
             if not layout.shots[shot].video:
                 continue
-            keys = _merge([*shared, texts[shot]])
+            keys = merged([*shared, texts[shot]])
             if not keys:
                 raise ValueError(
                     f"layout: shot {shot} (in row order) has no text to attend to, expected text > 0"
@@ -330,18 +357,18 @@ def _text_plan(layout: Layout, *, with_global: bool) -> AttentionPlan:
     return AttentionPlan(videos[-1].stop, texts[-1].stop, tuple(segments))
 
 
-def _merge(ranges: Iterable[tuple[int, int]]) -> tuple[Range, ...]:
+def merged(ranges: Iterable[tuple[int, int]]) -> tuple[Range, ...]:
     """Ranges in order, without the empty ones, those that touch or overlap made one."""
     ranges = list(ranges)
     if backward := [tuple(r) for r in ranges if r[0] > r[1]]:
         raise ValueError(f"segments: key ranges {backward} stop before they start")
-    merged: list[Range] = []
+    out: list[Range] = []
     for start, stop in sorted(r for r in ranges if r[0] < r[1]):
-        if merged and start <= merged[-1].stop:
-            merged[-1] = Range(merged[-1].start, max(stop, merged[-1].stop))
+        if out and start <= out[-1].stop:
+            out[-1] = Range(out[-1].start, max(stop, out[-1].stop))
         else:
-            merged.append(Range(start, stop))
-    return tuple(merged)
+            out.append(Range(start, stop))
+    return tuple(out)
 
 
 def _overlaps(sets: Sequence[Iterable[Range]], size: int, block: int) -> Int[Tensor, "sets blocks"]:

@@ -18,7 +18,7 @@ from torch import nn
 
 from lct_core.backbone import Backbone, BackboneSpec, Kernel, KernelRequest, KernelSpec
 
-_MOST_RESOLVED = 1024
+_MOST_RESOLVED, _MOST_SEGMENTS = 1024, 2**15  # plans whose kernels are remembered, and segments of theirs: some 20 MB
 
 hookspec = pluggy.HookspecMarker("lct")
 hookimpl = pluggy.HookimplMarker("lct")
@@ -54,6 +54,7 @@ class Registry:
         self._manager = pluggy.PluginManager("lct")
         self._manager.add_hookspecs(Hooks)
         self._resolved: dict[tuple[str, KernelRequest, bool], Kernel] = {}
+        self._segments = 0
         self.register(import_module("lct_core.attention"), name="lct_core")
         for entry in plugins:
             try:
@@ -124,8 +125,11 @@ class Registry:
         except KeyError:
             spec = self._choose(name, request)
             kernel = _of("kernel", spec.name, spec.load, self.kernels)
-            if len(self._resolved) >= _MOST_RESOLVED:  # a run with other scenes in every row has no end of plans
+            self._segments += len(request.plan.segments)
+            if len(self._resolved) >= _MOST_RESOLVED or self._segments > _MOST_SEGMENTS:
+                # routed plans, and those of a run with other scenes in every row, have no end
                 self._resolved.clear()
+                self._segments = len(request.plan.segments)
             self._resolved[key] = kernel
             return kernel
 
@@ -214,6 +218,7 @@ class Registry:
         kernels = self._by_name("kernel", self._manager.hook.lct_kernels.get_hookimpls(), KernelSpec)
         self._backbones, self._kernels = backbones, kernels
         self._resolved.clear()
+        self._segments = 0
 
     def _by_name(self, kind: str, implementations: list[Any], spec_type: type) -> dict[str, Any]:
         announced = [(spec, impl.plugin_name) for impl in implementations for spec in impl.function()]

@@ -23,6 +23,7 @@ from lct_core.layout import Layout, Range, Role, Shot
 from lct_core.masks import PATTERNS, AttentionPlan, Pattern
 from lct_core.plugins import registry
 from lct_core.rope import Rotary, Rotation, RowParts, pays_in_pieces, rotate_into
+from lct_core.routing import Plans, Router, attend_routed
 
 _KINDS = 256  # of blocks, sites and shapes of shots that are compiled for
 
@@ -130,6 +131,7 @@ class SceneModel:
         *,
         pattern: str | Pattern = "bidirectional",
         cache: KVCache | None = None,
+        text_free: bool = False,
     ) -> list[Any]:
         """Predict for all shots of a scene at once, each at its own noise level.
 
@@ -138,8 +140,11 @@ class SceneModel:
             t: Noise level of every shot in row order, 0 = clean, 1 = noise: ``[num_shots]`` or ``[batch, num_shots]``.
                 A global shot is clean.
             pattern: ``"bidirectional"``, ``"context_causal"`` or ``"own_shot"``, or a function from a layout to a plan;
-                with a cache, that layout begins with the history.
+                with a cache, that layout begins with the history. A :class:`lct_core.routing.Router` makes its plans
+                in every block, from queries and keys.
             cache: History that the shots also see; their own keys and values are written behind it. Takes one scene.
+            text_free: Whether the shots hear no prompt: what their cross-attention to text gives is put to zero, and a
+                cache gets no text of theirs, so that what it keeps serves any prompt.
 
         Returns:
             Nested like ``shots``: the backbone's own prediction in the shape of each shot's latents; None for a global
@@ -150,6 +155,11 @@ class SceneModel:
         """
         scenes, nested = as_scenes(shots)
         _check_served(self.adapter)
+        if text_free and self.adapter.traits.text == "joint":
+            raise ValueError(
+                f"text_free: got True, but the text of {type(self.backbone).__name__} takes part in self-attention and "
+                "cannot be left out of it; expected False, the default"
+            )
         given = [shot for scene in scenes for shot in _complete(scene, self.adapter)]
         for shot in given:
             self.adapter.shot(shot)  # refuses what came; then the same without padding
@@ -172,11 +182,12 @@ class SceneModel:
         levels = noise_levels(t, [shot.role for shot in counts], batch)
         flat = iter(counts)
         layout = Layout([[next(flat) for _ in scene] for scene in scenes], self.adapter.traits.text_first)
-        call = _Call(self, layout, inputs, levels.to(inputs[0].latents.device), pattern, cache)
+        call = _Call(self, layout, inputs, levels.to(inputs[0].latents.device), pattern, cache, text_free)
         with explained(self.adapter, inputs):
             outputs = iter(self.backbone(call, inputs))
         if cache is not None:
-            cache.stage(Stage(layout.shots, levels, call.origins, call.extents))
+            kept = layout.video_only if text_free else layout
+            cache.stage(Stage(kept.shots, levels, call.origins, call.extents))
         return [[next(outputs) for _ in scene] for scene in scenes] if nested else list(outputs)
 
 
@@ -212,12 +223,14 @@ class _Call:
         levels: Tensor,
         pattern: str | Pattern,
         cache: KVCache | None,
+        text_free: bool,
     ) -> None:
         self.adapter, self.kernel, self.cache, self.layout = engine.adapter, engine.kernel, cache, layout
         self.levels = levels  # here, and not an argument of the model: mixed-precision hooks round those
         own_switch = getattr(engine.backbone, "gradient_checkpointing", False)
         self.checkpointing, self.batching = engine.gradient_checkpointing or own_switch, engine.batch_shots
         self.text, self.compile, self.rotary = engine.text, engine.compile, engine.rotary
+        self.text_free = text_free
         self.pattern = _pattern(pattern)
         if cache is not None and len(layout.scenes) != 1:
             raise ValueError(
@@ -372,6 +385,7 @@ class _BlockCall:
 
     def __init__(self, call: _Call, index: int) -> None:
         self.call, self.index = call, index
+        self.routes: dict[str, Plans] = {}  # made once: a block that is recomputed must not choose anew
 
     def __call__(self, block: nn.Module, states: list[State]) -> list[dict[str, Tensor]]:
         if self.call.checkpointing and torch.is_grad_enabled():
@@ -397,6 +411,8 @@ class _BlockCall:
     def _attend(self, site: Site, parts: Sequence[QKV]) -> Sequence[Tensor]:
         """Join the shots, rotate, attend, and take the groups apart again."""
         call = self.call
+        if call.text_free and site.joint == "text":
+            return [part.q.new_zeros(*part.q.shape[:3], part.v.shape[3]) for part in parts]
         queries, keys, values = (call.shot_by_shot([part[i] for part in parts]) for i in range(3))
         by = None if site.joint == "text" else call.rotations[site.tokens]
         q, k, v = call.row(queries, by), call.row(keys, by), _whole(call.row(values, None))
@@ -404,10 +420,18 @@ class _BlockCall:
             if k.requires_grad or v.requires_grad:
                 raise ValueError("cache: a KV cache is for generation; call under torch.no_grad()")
             k, v = call.cache.write((self.index, site.name), call.space(site), k, v)
-        outs = attend(_whole(q), _whole(k), v, call.plan(site), kernel=call.kernel)
+        outs = self._attended(site, _whole(q), _whole(k), v)
         outs = outs.split([x.shape[1] for x in queries], dim=1)
         # A shot's own tokens lie contiguous whatever surrounds it in the row: a matmul's bits depend on the strides.
         return [_cat([outs[i] for i in group], dim=0).contiguous() for group in call.groups]
+
+    def _attended(self, site: Site, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        call = self.call
+        if site.joint != "joined" or not isinstance(call.pattern, Router):
+            return attend(q, k, v, call.plan(site), kernel=call.kernel)
+        if site.name not in self.routes:
+            self.routes[site.name] = call.pattern.route(q, k, call.attending(site, call.whole))
+        return attend_routed(q, k, v, self.routes[site.name], kernel=call.kernel)
 
 
 def _alike(states: Sequence[State]) -> list[list[int]]:

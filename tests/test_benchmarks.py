@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import distributions, entry_points, version
 from itertools import pairwise
 from pathlib import Path
@@ -17,12 +18,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import compare, generation_cost, harness, report, source_tree, test_generation, tiles
+from benchmarks import compare, generation_cost, harness, history, report, source_tree, test_generation, tiles
 from benchmarks.cases import CASES, COMPILED, REFERENCE_GEMM, Case, Goal, row
 from lct_backbones.mmdit import MMDiT
-from lct_core import KernelSpec, Registry, attend, hookimpl
+from lct_core import KernelSpec, Registry, attend, hookimpl, registry, retrofit
 from lct_core.attention import sdpa
 from lct_core.cli import bench, main
+from lct_core.cli.source import small_mmdit
+from lct_core.codec import LinearCodec
+from lct_core.demo.world import PROMPT_LENGTH, VOCABULARY
 from lct_plugins import flash, varlen_naive
 
 ROOT = Path(__file__).parents[1]
@@ -490,6 +494,58 @@ def test_the_gate_measures_grouped_heads_against_the_definition(kernels):
     assert harness.check(TINY, "good")["error"] == pytest.approx(error.item())
 
 
+# --- history ---
+
+
+@pytest.fixture(scope="module")
+def lab():
+    """A model of no meaning, and two scenes."""
+    torch.manual_seed(0)
+    codec = LinearCodec.fit(
+        [torch.rand(3, 4, 24, 24)], patch=6, channels=8, vocabulary=VOCABULARY, length=PROMPT_LENGTH
+    )
+    source = small_mmdit(codec, width=24, depth=2, heads=2)
+    model = registry().build(source["backbone"], **source["options"]).requires_grad_(False)
+    for weight in model.parameters():
+        weight.normal_(std=0.1)
+    return history.Lab(model=retrofit(model), codec=codec, size=(4, 24, 24), window=3, count=2, steps=2)
+
+
+def test_what_a_history_is_worth_is_measured(lab, capsys):
+    measures = [
+        history.selection,
+        history.storage,
+        history.writing,
+        partial(history.sparse, shots=4),
+        partial(history.windows, shots=4),
+    ]
+    record = history.run(lab, measures)
+    selection, storage, writing, sparse, windows = (table["rows"] for table in record["tables"])
+    assert capsys.readouterr().out.count("\n\n") == len(measures)
+    same, selected, _ = (row["Its first prediction differs by"] for row in selection)
+    assert same == 0 < selected
+    rounding = [row["Largest error of keys"] for row in storage]
+    assert rounding[0] == rounding[3] == 0
+    assert 0 < rounding[1] < 1 / 200 < rounding[2] < 1 / 15
+    passes = [row["Passes"] for row in writing]
+    assert (
+        passes == [2 * (1 + 3 * 2 + 2), 2 * (1 + 3 * 2)] * 2
+    )  # the global shot's, two steps of three, and two written
+    pruned = {row["History"]: row["Pairs pruned"] for row in sparse}
+    assert pruned["all of it"] == pruned["top 3 for all heads"] == pruned["top 3 for every head"] == "0%"
+    assert all(0 < float(pruned[name][:-1]) < 100 for name in ("top 1 for all heads", "first frames"))
+    assert sparse[0]["Appearance error"] == sparse[4]["Appearance error"]
+    assert [row["Shot"] for row in windows] == [1, 3]
+    assert windows[0]["Drift from the first"] == 0
+
+
+def test_ratios_over_scenes_have_the_spread_of_scenes():
+    assert history._ratio([2.0, 4.0, 6.0], [1.0, 2.0, 3.0]) == (2, 2, 2)
+    ratio = history._ratio([1.0, 2.0, 6.0], [1.0, 1.0, 1.0])
+    assert ratio.median == 3
+    assert 1 <= ratio.low < 3 < ratio.high <= 6
+
+
 # --- report ---
 
 
@@ -572,6 +628,21 @@ def test_the_report_has_every_result_and_a_plot(tmp_path):
     assert "1700 (1600 to 1800)" in text
 
 
+def test_a_measurement_shows_tables_of_its_own(tmp_path):
+    rows = [{"what": "a", "value": 0.12345, "count": 12345, "met": True}, {"what": "b", "met": False}]
+    shown = gpu_record(GPU[0], tables=[{"title": "Mine", "about": "Of two.", "rows": rows}])
+    (tmp_path / "mine.json").write_text(json.dumps(shown))
+    ((title, _, about, _, *lines),) = report.tables(report.load(tmp_path))
+    assert title == "## Mine"
+    assert about.startswith("Of two. Measured on Some GPU")
+    assert lines == [
+        "| what | value | count | met |",
+        "|---|---:|---:|---|",
+        "| a | 0.123 | 12,345 | yes |",
+        "| b |  |  | **no** |",
+    ]
+
+
 def test_a_single_size_is_no_plot(tmp_path):
     assert not report.plot([gpu_record(GPU[0])], tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
@@ -595,6 +666,7 @@ def test_a_single_size_is_no_plot(tmp_path):
         ({"shape": {}}, "it lacks pattern, direction, dtype, queries, keys"),
         ({"comparisons": [{}]}, "it lacks what, median, low, high"),
         ({"lost": None}, "it lacks lost"),
+        ({"tables": [{"title": "no rows"}]}, "it lacks about, rows"),
     ],
 )
 def test_a_file_that_is_no_result_is_one_line(capsys, tmp_path, text, fault):
@@ -842,14 +914,16 @@ def test_a_source_tree_tells_what_an_installation_would(tmp_path):
 def test_the_suite_runs_a_quick_case_without_what_draws(tmp_path):
     (tmp_path / "matplotlib.py").write_text("raise ImportError('not here')")
     path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
-    case = "benchmarks/test_attention.py::test_attention[cpu-cached-16k-fp32-forward]"
-    quick = [sys.executable, "-m", "pytest", case, "--quick", "-q", "-p", "no:cacheprovider"]
+    cases = ["benchmarks/test_attention.py::test_attention[cpu-cached-16k-fp32-forward]", "benchmarks/test_cache.py"]
+    quick = [sys.executable, "-m", "pytest", *cases, "-m", "not gpu", "--quick", "-q", "-p", "no:cacheprovider"]
     done = subprocess.run(quick, cwd=ROOT, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"rate / dense +[\d.]+ \(", done.stdout)
     record = json.loads((harness.QUICK_RESULTS / "cpu-cached-16k-fp32-forward.json").read_text())
     assert record["shape"]["keys"] == 1024
     assert math.isfinite(record["times"]["sdpa"]["seconds"])
+    for name in ("cache-step-9", "cache-step-20", "sparse-step-20", "cache-tiers", "cache-operations"):
+        assert report.read(harness.QUICK_RESULTS / f"{name}-cpu.json")["comparisons"]
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")

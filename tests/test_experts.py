@@ -127,6 +127,36 @@ def test_a_selected_history_is_selected_for_both(experts):
         assert same(experts([SCENE[3]], t, cache=cache), alone([SCENE[3]], t, cache=plain))
 
 
+@torch.no_grad()
+def test_what_a_cache_offers_is_done_to_both(experts, tmp_path):
+    cache = ExpertCache(branch="positive")
+    for i in (1, 2):
+        experts([SCENE[i]], torch.tensor([0.1]), pattern="context_causal", cache=cache, denoised=())
+        if i == 2:
+            cache.hold()
+            experts([SCENE[3]], torch.tensor([0.9]), cache=cache)  # one alone writes again
+        cache.append(i, prompts=[f"shot {i}"])
+    t = torch.tensor([0.9])
+    expected = experts([SCENE[3]], t, cache=cache)
+    assert cache.dependents(1) == (2,)
+    assert [(e.id, e.prompt, e.branch) for e in cache.held] == [(1, "shot 1", "positive"), (2, "shot 2", "positive")]
+    assert list(cache.spans()) == [1, 2]
+    cache.move(1, tier="host")
+    cache.pin(1)
+    fork = cache.fork()
+    cache.save(tmp_path, experts)
+    loaded = ExpertCache.load(tmp_path, experts)
+    for each in (cache, fork, loaded):
+        assert same(experts([SCENE[3]], t, cache=each), expected)
+    assert [e.tier for e in cache.low.shots] == ["host", "device"]
+    assert cache.bytes_by_tier["host"] == cache.high.bytes_by_tier["host"] * 2 > 0
+    fork.reorder([2, 1])
+    fork.drop(1)
+    assert (fork.high.ids, fork.low.ids, cache.ids) == ((2,), (2,), (1, 2))
+    with pytest.raises(ValueError, match=r"holds \['high', 'low'\], expected \['history'\]"):
+        KVCache.load(tmp_path, experts.high)
+
+
 def test_refusals(experts):
     with pytest.raises(ValueError, match=r"^boundary: got 875"):
         Experts(experts.high, experts.low, boundary=875)

@@ -14,7 +14,7 @@ from toys import CROSS, toy
 
 from lct_backbones.mmdit import tiny
 from lct_core import Extra, KVCache, Shot, ShotInput, generation, retrofit, selected_history, shot_noise
-from lct_core import cache as cache_module
+from lct_core.cache import kv_cache
 from lct_core.codec import Codec, LinearCodec
 from lct_core.generation import (
     Guidance,
@@ -1044,18 +1044,16 @@ def test_causal_runs_one_shot_at_a_time_and_its_history_once(with_global):
 
 @guided_or_not
 @with_and_without_global
-@pytest.mark.parametrize("window", [1, 2, 9])
-def test_causal_makes_room_once(monkeypatch, guided, with_global, window):
+def test_causal_makes_room_once(monkeypatch, guided, with_global):
     """For all shots at the first call of each branch, whose texts are longer in the negative one."""
-    rooms, make = [], cache_module._buffer
-    monkeypatch.setattr(cache_module, "_buffer", lambda x, tokens: (rooms.append(tokens), make(x, tokens))[1])
+    rooms, make = [], kv_cache.empty
+    monkeypatch.setattr(kv_cache, "empty", lambda size, tokens, at: (rooms.append(tokens), make(size, tokens, at))[1])
     scene, watched = draw(*FOUR, with_global=with_global), Watched(scene_model())
     guidance = negatives() if guided else None
-    causal(watched, scene, steps=1, guidance=guidance and guide(*guidance), history=recent(window))
+    causal(watched, scene, steps=1, guidance=guidance and guide(*guidance))
     video = sum(shot.video for shot in FOUR) + with_global * 6
     tokens = [video + with_global * 4 + sum(shot.text for shot in FOUR), video + with_global * 7 + 4 * 6]
-    stores = 2 * len(watched.adapter.blocks)  # keys and values
-    assert rooms == [n for n in tokens[: 1 + guided] for _ in range(stores)]
+    assert rooms == [n for n in tokens[: 1 + guided] for _ in watched.adapter.blocks]
 
 
 def test_a_dummy_video_of_ones_own():
@@ -1384,7 +1382,7 @@ def test_from_a_script_to_a_scene(mode):
 
 
 def test_the_public_surface_is_frozen():
-    types = ["Guidance", "History", "Step"]
+    types = ["Director", "Guidance", "History", "Step", "Take"]
     modes = ["autoregressive", "causal", "conditional", "euler", "joint"]
     assert generation.__all__ == [*types, *modes, "negative_texts", "recent", "schedule", "start_scene"]
 

@@ -19,6 +19,7 @@ from lct_core.masks import (
     Segment,
     bidirectional,
     context_causal,
+    first_frames,
     own_and_global_text,
     own_shot,
     own_text,
@@ -141,6 +142,37 @@ def test_a_global_shot_is_seen_only_where_it_is_named():
 def test_a_wrong_history_is_an_error(history, message):
     with pytest.raises(ValueError, match=f"^history: {message}"):
         selected_history(Layout([[A, B], [B, A]]), history)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("video_only", [False, True])
+@given(data=st.data())
+def test_first_frames_equals_its_definition(causal, video_only, data):
+    layout = data.draw(bare() if video_only else layouts())
+    layout = layout.video_only if video_only else layout
+    row = []  # (scene, shot, frame) of every token; -1 for text
+    for scene, shots in enumerate(layout.scene_shots):
+        for shot in shots:
+            frames, height, width = layout.shots[shot].grid
+            video = [(scene, shot, frame) for frame in range(frames) for _ in range(height * width)]
+            text = [(scene, shot, -1)] * layout.shots[shot].text
+            row += text + video if layout.text_first else video + text
+
+    def sees(q, k):
+        whole = q[1] == k[1] or layout.shots[k[1]].role == "global"
+        return q[0] == k[0] and (k[1] <= q[1] or not causal) and (whole or k[2] == 0)
+
+    plan, expected = first_frames(layout, causal=causal), dense_by(sees, row, row)
+    assert torch.equal(plan.dense(), expected)
+    if plan.queries:
+        assert plan.pairs == expected.sum()
+        check_varlen(plan)  # no key twice
+
+
+def test_first_frames_ends_with_the_frame():
+    """The neighbour of the summary is not in it: neither the next frame's first token nor the next shot's."""
+    plan = first_frames(Layout([[Shot(text=1, grid=(2, 1, 2)), Shot(text=1, grid=(1, 1, 1)), B]]))
+    assert [s.keys for s in plan.segments] == [((0, 5), (6, 8)), ((1, 3), (5, 8)), ((1, 3), (6, 8))]
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ PUBLIC = [
     "AttentionPlan",
     "Backbone",
     "BackboneSpec",
+    "Budget",
     "CachedShot",
     "ExpertCache",
     "Experts",
@@ -46,6 +47,7 @@ PUBLIC = [
     "condition_levels",
     "context_causal",
     "coordinates",
+    "first_frames",
     "hookimpl",
     "joint_levels",
     "move",
@@ -138,10 +140,20 @@ SURFACES = {
         *("SceneFolders", "Skipped", "VideoScene", "read_image", "read_scene", "read_video"),
         *("scene_folders", "write_image", "write_scene", "write_video"),
     },
+    "lct_core.cache": {
+        *("Budget", "CachedShot", "KVCache", "Policy", "SiteSize", "Space", "Stage", "Storage", "Tier"),
+        *("recency", "shot_bytes"),
+    },
+    "lct_core.cost": {
+        *("Cost", "Live", "Meter", "Mode", "Pass", "Plan", "PlannedTake", "Throughput"),
+        *("example", "fitted", "measure", "passes", "plan", "takes_of"),
+    },
     "lct_core.generation": {
-        *("Guidance", "History", "Step", "autoregressive", "causal", "conditional"),
+        *("Director", "Guidance", "History", "Step", "Take", "autoregressive", "causal", "conditional"),
         *("euler", "joint", "negative_texts", "recent", "schedule", "start_scene"),
     },
+    "lct_core.routing": {"Plans", "Router", "Tally", "TopK", "attend_routed"},
+    "lct_core.session": {"Book", "Session", "SessionTake", "Settings", "ShotRow", "State"},
     "lct_core.training": {
         *("CHECKPOINT", "METRICS", "EMA", "Example", "Report", "Row", "Stage", "Training", "adamw", "cosine"),
         *("load_checkpoint", "paper_stages", "sample_row", "save_checkpoint", "scene_examples", "single_shots"),

@@ -5,10 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from lct_core.cli.backbones import support_table
 from lct_core.plugins import registry
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_first_example_prints_what_the_readme_says():
@@ -22,7 +25,8 @@ def test_the_support_table_is_the_registrys():
     assert table.strip() == support_table(registry())
 
 
-def test_every_python_block_runs():
-    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+@pytest.mark.parametrize("page", ["README.md", "docs/long-generation.md", "docs/sparse.md"])
+def test_every_python_block_runs(page):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
     assert blocks
     subprocess.run([sys.executable, "-W", "error", "-c", "\n".join(blocks)], check=True)

@@ -83,7 +83,7 @@ def test_levels_reach_both_ends(edge):
 
 @given(cache_operations())
 def test_a_cache_takes_every_operation_and_shows_the_values_selected(operations):
-    cache, values, seen = KVCache(), [], []
+    cache, values, seen, held = KVCache(), [], [], []
     for operation in operations:
         if operation.name == "append":
             shot = operation.shot
@@ -94,14 +94,21 @@ def test_a_cache_takes_every_operation_and_shows_the_values_selected(operations)
             cache.stage(Stage((shot,), torch.zeros(1, 1), (cache.end,), (max(shot.grid),)))
             cache.append(len(values))
             seen.append(len(values))
+            held.append(len(values))
             values.append(v)
-        elif operation.name == "select":
-            cache.select(operation.ids)
+        elif operation.name == "reposition":
+            cache.reposition(operation.origins)
+        elif operation.name == "move":
+            cache.move(*operation.ids, tier=operation.tier)
+        elif operation.name in ("select", "reorder"):
+            getattr(cache, operation.name)(operation.ids)
             seen = list(operation.ids)
         else:
-            cache.reposition(operation.origins)
+            getattr(cache, operation.name)(*operation.ids)
+            gone = operation.ids if operation.name == "drop" else ()
+            seen, held = ([i for i in each if i not in gone] for each in (seen, held))
         assert [entry.id for entry in cache.shots] == seen
-        assert sorted(cache.ids) == list(range(len(values)))
+        assert sorted(cache.ids) == held
 
 
 @pytest.mark.parametrize(

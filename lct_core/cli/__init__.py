@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import click
 
-from lct_core.cli import backbones, bench, conformance, demo, generate, inspect, kernels, tune
+from lct_core.cli import backbones, bench, conformance, demo, direct, generate, inspect, kernels, plan, tune
 from lct_core.plugins import PluginError
 
 
@@ -46,7 +46,9 @@ lct.add_command(backbones.command)
 lct.add_command(kernels.command)
 lct.add_command(conformance.command)
 lct.add_command(tune.command)
+lct.add_command(plan.command)
 lct.add_command(generate.command)
+lct.add_command(direct.command)
 lct.add_command(demo.command)
 lct.add_command(bench.command)
 

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from math import lcm
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,18 +14,15 @@ from lct_core.backbone import ShotInput
 from lct_core.cli.factory import current_folder_on_path, own_code
 from lct_core.cli.options import COUNT, FINITE, FPS, LEVEL, POSITIVE, device, seed, seeded, within_memory
 from lct_core.cli.source import ModelCard
+from lct_core.cli.tuned import Size, Tuned, check_free, check_size, parse_size, write_views
 from lct_core.codec import Codec
-from lct_core.data import VideoScene, read_image, read_video, write_scene, write_video
+from lct_core.data import VideoScene, read_image, read_video, write_scene
 from lct_core.data.scenes import is_video
 from lct_core.scene_model import SceneModel
 from lct_core.script import Script, read_script
-from lct_core.training import load_checkpoint
 
 _MODES = ("joint", "conditional", "autoregressive", "causal")
-_WINDOW = 9  # shots, the paper's, where a checkpoint does not say its own
 _LESS_MEMORY = "choose a smaller --size or --window, or add --bf16"
-
-Size = tuple[int, int, int]
 
 
 class _Given(NamedTuple):
@@ -117,8 +113,9 @@ def command(
       lct generate script.txt runs/tune/causal.pt --t-c 300
     """
     read = read_script(script)
-    _check_free(out)
-    card, weights, pattern, trained = _load(checkpoint)
+    check_free(out)
+    tuned = Tuned.load(checkpoint)
+    card, pattern, trained = tuned.card, tuned.pattern, tuned.window
     clips = _clips(given, shots=len(read.shots), reading=card.reading)
     mode = _mode(mode, given=clips, pattern=pattern, checkpoint=checkpoint)
     _check_used(mode, t_c=t_c, window=window)
@@ -131,7 +128,7 @@ def command(
         seeded(seed),  # a codec may sample
         torch.no_grad(),
     ):
-        model, codec = _model(card, weights, checkpoint, device=device)
+        model, codec = tuned.build(device)
         sizes = _sizes(size, clips, card, codec, shots=len(read.shots))
         dtype = next(model.backbone.parameters()).dtype
         scene = generation.start_scene(read, codec, sizes, seed=seed, device=device, dtype=dtype)
@@ -151,34 +148,6 @@ def command(
     for i, clip in clips.items():
         frames[i] = clip.frames
     _write(out, read, frames, mode=mode, fps=fps or card.fps)
-
-
-def _check_free(out: Path) -> None:
-    if (out / "script.txt").exists() or any(out.glob("shot_*")):
-        raise FileExistsError(f"{out}: already holds a scene, so it is left alone; choose another --out")
-
-
-def _load(checkpoint: Path) -> tuple[ModelCard, Mapping[str, Tensor], str, int]:
-    """What a finished stage says of its model, its weights, and the pattern and the most shots it was tuned with."""
-    saved = load_checkpoint(checkpoint)
-    if "model" not in saved:
-        raise ValueError(f"{checkpoint}: a stage that is not finished, expected one of the files named like a stage")
-    card = ModelCard.from_state(saved.get("about", {}), checkpoint)
-    windows = {stage["name"]: stage["max_shots"] for stage in saved.get("stages", [])}
-    return card, saved["model"], saved["pattern"], windows.get(saved.get("stage"), _WINDOW)
-
-
-def _model(
-    card: ModelCard, weights: Mapping[str, Tensor], checkpoint: Path, *, device: torch.device
-) -> tuple[SceneModel, Codec]:
-    """The tuned model on its device, and its codec."""
-    model, codec = card.build()
-    try:
-        model.backbone.load_state_dict(weights)
-    except RuntimeError as error:
-        raise ValueError(f"{checkpoint}: its weights are not of {card.name}: {error}") from error
-    model.backbone.to(device).eval()
-    return model, codec
 
 
 def _clips(given: Sequence[str], *, shots: int, reading: Mapping[str, Any]) -> dict[int, _Given]:
@@ -240,7 +209,7 @@ def _check_used(mode: str, *, t_c: float | None, window: int | None) -> None:
 
 def _sizes(size: str | None, given: Mapping[int, _Given], card: ModelCard, codec: Codec, *, shots: int) -> list[Size]:
     """Frames, height and width of every shot; refused where the codec cannot take them, or no file can hold them."""
-    sizes = [_size(size, card.size)] * shots
+    sizes = [parse_size(size, card.size)] * shots
     for i in range(shots):
         option, fix = "--size", "choose another size, for example"
         if i in given:
@@ -248,31 +217,8 @@ def _sizes(size: str | None, given: Mapping[int, _Given], card: ModelCard, codec
             sizes[i] = frames, height, width
             option = f"--given: {given[i].file}, of {frames} x {height} x {width} as it is read"
             fix = "crop or scale the file, for example to"
-        _check_size(sizes[i], card, codec, option=option, fix=fix)
+        check_size(sizes[i], card, codec, option=option, fix=fix)
     return sizes
-
-
-def _size(size: str | None, default: Sequence[int]) -> Size:
-    if size is None:
-        frames, height, width = default
-        return frames, height, width
-    match = re.fullmatch(r"([0-9]+)x([0-9]+)x([0-9]+)", size)
-    if not match:
-        raise ValueError(f"--size: got {size!r}, expected frames, height and width, like 4x64x64")
-    return int(match[1]), int(match[2]), int(match[3])
-
-
-def _check_size(size: Size, card: ModelCard, codec: Codec, *, option: str, fix: str) -> None:
-    try:
-        codec.latent_shape(*size)
-    except ValueError as error:
-        raise ValueError(f"{option}: {error}") from error
-    frames, height, width = size
-    if frames > 1 and (height % 2 or width % 2):
-        raise ValueError(
-            f"{option}: got a video of {height} x {width} pixels, expected even ones, as MP4 files need; {fix} "
-            f"multiples of {lcm(2, card.multiple)}"
-        )
 
 
 def _run(
@@ -309,13 +255,6 @@ def _run(
 
 def _write(out: Path, script: Script, frames: Sequence[Tensor], *, mode: str, fps: float) -> None:
     """Write a scene folder, a contact sheet and, where all shots are of one size, one video; say where they are."""
-    from lct_core.cli.sheet import SceneRows, contact_sheet
-
     write_scene(out, VideoScene(script=script, shots=tuple(frames)), fps=fps)
-    written = [out, out / "contact_sheet.png"]
-    contact_sheet(written[1], [SceneRows([shot.text for shot in script.shots], {mode: frames})])
-    height, width = frames[0].shape[2:]
-    if all(clip.shape[2:] == (height, width) for clip in frames) and not (height % 2 or width % 2):
-        written.append(out / "scene.mp4")
-        write_video(written[2], torch.cat([*frames], dim=1), fps=fps)
-    click.echo("\n".join(map(str, written)))
+    views = write_views(out, [shot.text for shot in script.shots], frames, label=mode, fps=fps)
+    click.echo("\n".join(map(str, [out, *views])))

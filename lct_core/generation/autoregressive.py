@@ -1,17 +1,18 @@
 """Auto-regressive generation with a bidirectional model: shot after shot, earlier ones given (paper, Fig. 4 a.2)."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 from lct_core.backbone import ShotInput
 from lct_core.experts import Experts
-from lct_core.generation.common import history_noise, left_to_generate
-from lct_core.generation.conditional import conditional
-from lct_core.generation.euler import Callback, Latents, Step
+from lct_core.generation.common import Levels, left_to_generate
+from lct_core.generation.director import Director
+from lct_core.generation.euler import Callback, Latents
 from lct_core.generation.guidance import Guidance
 from lct_core.generation.history import History, choose, recent
+from lct_core.generation.schedulers import Steps
+from lct_core.generation.takes import Take
 from lct_core.masks import Pattern
-from lct_core.scene_model import SceneModel, with_dummy_video
+from lct_core.scene_model import SceneModel
 
 
 def autoregressive(
@@ -19,10 +20,10 @@ def autoregressive(
     scene: Sequence[ShotInput],
     given: Mapping[int, Latents] | None = None,
     *,
-    t_c: float = 100.0,
+    t_c: Levels = 100.0,
     history: History | None = None,
     seed: int = 0,
-    steps: int | Sequence[float] = 32,
+    steps: Steps = 32,
     guidance: Guidance | None = None,
     pattern: str | Pattern = "bidirectional",
     callback: Callback | None = None,
@@ -37,12 +38,13 @@ def autoregressive(
             dtype and on the device in which the model is called.
         given: Clean latents of the first shots, which are not to be generated, by their index in the scene counting
             from 0.
-        t_c: Noise level of earlier shots, 0-1000 (paper, 4.2: 100-500). Low keeps more of them, high accumulates fewer
-            errors.
+        t_c: Noise level of earlier shots, 0-1000, for all or by index (paper, 4.2: 100-500). Low keeps more of them,
+            high accumulates fewer errors.
         history: Which earlier shots are seen (default: the last eight, see :func:`recent`); the global one always is.
         seed: Of the noise that a generated shot gets as history: another than the one that it started from, which it
             still tells of (ours; the paper leaves it open).
-        steps: Euler steps for each shot (paper, A.2: 32), or their noise levels, as :func:`euler` takes them.
+        steps: Euler steps for each shot (paper, A.2: 32), their noise levels, or a scheduler, as :class:`Director`
+            takes them.
         guidance: Guidance on the texts (default: none).
         pattern: As :class:`SceneModel` takes it.
         callback: Called after every step.
@@ -54,29 +56,14 @@ def autoregressive(
     Raises:
         ValueError: as :func:`conditional` does, and for a history that is not of earlier shots.
     """
-    done = dict(given or {})
-    left = left_to_generate(scene, done, t_c, in_order=True)
-    scene = with_dummy_video(scene, model.adapter)
+    given = dict(given or {})
+    left = left_to_generate(scene, given, t_c, in_order=True)
+    director = Director(model, scene, guidance=guidance, t_c=t_c, seed=seed, steps=steps)
+    for i, latents in given.items():
+        director.give(i, latents)
     shots = [i for i, shot in enumerate(scene) if shot.role != "global"]
-    everywhere = [i for i, shot in enumerate(scene) if shot.role == "global"]
     for i in left:
-        seen = [*everywhere, *choose(history or recent(), shots, i), i]
-        *_, last = conditional(
-            model,
-            [scene[j] for j in seen],
-            {place: done[j] for place, j in enumerate(seen) if j in done},
-            t_c=t_c,
-            steps=steps,
-            guidance=guidance,
-            pattern=pattern,
-            callback=_renamed(callback, i),
-        )
-        assert last is not None
-        done[i] = last
-        scene[i] = replace(scene[i], latents=history_noise(scene[i], i, seed).to(scene[i].latents.dtype))
-    return [done.get(i) for i in range(len(scene))]
-
-
-def _renamed(callback: Callback | None, shot: int) -> Callback | None:
-    """A callback that is told the shot's index in the whole scene."""
-    return callback and (lambda step: callback(Step((shot,), *step[1:])))
+        seen = choose(history or recent(), shots, i)
+        take = Take((i,), history=tuple(seen), cached=False, pattern=pattern)
+        director.keep(director.shoot(take, callback=callback), take)
+    return [director.done.get(i) for i in range(len(scene))]

@@ -25,6 +25,9 @@ class Guidance:
             the model takes one, and the mask of its padding, if it has any.
         global_extras: The same for the global shot (default: ours, ``extras``).
         scale: How far (paper, A.2: 7.5). 1 is no guidance, and spares the negative branch.
+        shared_history: Whether one cached history serves both branches, in half the memory, where a model cross-attends
+            its text: its keys and values are written hearing no prompt (ours; the default, False: each branch has its
+            own history, written with its own prompts).
 
     Raises:
         ValueError: for a scale that is not finite, and extras that are no mapping.
@@ -35,6 +38,7 @@ class Guidance:
     extras: Mapping[str, Any] = field(default_factory=dict)
     global_extras: Mapping[str, Any] | None = None
     scale: float = 7.5
+    shared_history: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.scale, int | float) or not isfinite(self.scale):

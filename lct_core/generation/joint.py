@@ -7,6 +7,7 @@ from lct_core.experts import Experts
 from lct_core.generation.conditional import conditional
 from lct_core.generation.euler import Callback, Latents
 from lct_core.generation.guidance import Guidance
+from lct_core.generation.schedulers import Steps
 from lct_core.masks import Pattern
 from lct_core.scene_model import SceneModel
 
@@ -15,7 +16,7 @@ def joint(
     model: SceneModel | Experts,
     scene: Sequence[ShotInput],
     *,
-    steps: int | Sequence[float] = 32,
+    steps: Steps = 32,
     guidance: Guidance | None = None,
     pattern: str | Pattern = "bidirectional",
     callback: Callback | None = None,
@@ -27,7 +28,7 @@ def joint(
     Args:
         model: A scene model, tuned with the pattern.
         scene: The shots; their latents are the noise that they start from, e.g. :func:`lct_core.shot_noise`.
-        steps: Euler steps (paper, A.2: 32), or their noise levels, as :func:`euler` takes them.
+        steps: Euler steps (paper, A.2: 32), their noise levels, or a scheduler, as :class:`Director` takes them.
         guidance: Guidance on the texts (default: none).
         pattern: As :class:`SceneModel` takes it.
         callback: Called after every step.

@@ -3,7 +3,7 @@
 What the conformance suite compares the engine with. Slow on purpose: read it to know what Long Context Tuning computes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 import torch
@@ -22,6 +22,7 @@ def definition(
     scheme: str,
     pattern: str,
     text: str = "own",
+    text_free: Collection[int] = (),
     exact: bool = True,
 ) -> list[Tensor]:
     """Predictions of every shot of a row, one after the other (paper, 3.2.2 and 3.3).
@@ -33,6 +34,7 @@ def definition(
         scheme: ``"anchored"`` or ``"paper"``.
         pattern: ``"bidirectional"`` or ``"context_causal"``.
         text: Which prompts a shot sees where text is cross-attended: ``"own"``, ``"own_and_global"`` or ``"all"``.
+        text_free: Shots, counted in row order, that hear no prompt: what their attention to text gives is put to zero.
         exact: Whether attention is computed in float64, or eagerly in the model's dtype: the low-precision reference.
     """
     inputs = [adapter.prepare(shot) for scene in scenes for shot in scene]
@@ -56,7 +58,9 @@ def definition(
             queries, keys = ([getattr(part, x).shape[1] for part in parts] for x in "qk")
             sees = _sees(scenes, site.joint, pattern, text)
             mask = sees.repeat_interleave(torch.tensor(queries), 0).repeat_interleave(torch.tensor(keys), 1)
-            out = _attention(q, k, v, mask, exact).split(queries, dim=1)
+            out = list(_attention(q, k, v, mask, exact).split(queries, dim=1))
+            for i in text_free if site.joint == "text" else ():
+                out[i] = torch.zeros_like(out[i])
             states = [
                 State({**state.streams, **adapter.finish(block, site, state, o, part.aux)}, state.conditioning)
                 for state, o, part in zip(states, out, parts, strict=True)

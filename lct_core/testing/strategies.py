@@ -10,9 +10,12 @@ from hypothesis import strategies as st
 from jaxtyping import Float32
 from torch import Tensor
 
+from lct_core.cache import Tier
 from lct_core.layout import Layout, Shot
 
 __all__ = ["CacheOperation", "cache_operations", "layouts", "levels", "shots"]
+
+TIERS: tuple[Tier, ...] = ("device", "host")
 
 
 def shots(*, max_text: int = 5, max_grid: tuple[int, int, int] = (3, 3, 3)) -> st.SearchStrategy[Shot]:
@@ -78,16 +81,19 @@ class CacheOperation(NamedTuple):
     """One thing that happens to a :class:`lct_core.KVCache`.
 
     Args:
-        name: ``"append"``, after a call that writes ``shot``; ``"select"`` or ``"reposition"``.
+        name: ``"append"``, after a call that writes ``shot``; ``"select"``, ``"reorder"``, ``"drop"``, ``"pin"``,
+            ``"unpin"``, ``"move"`` or ``"reposition"``.
         shot: What is written, for ``"append"``; its id is the number of appends before it.
-        ids: What is selected, in order, for ``"select"``.
+        ids: The shots that it is about, in order.
         origins: Where each selected shot is to stand, for ``"reposition"``; None for end to end.
+        tier: Where they go, for ``"move"``: ``"device"`` or ``"host"``.
     """
 
     name: str
     shot: Shot | None = None
     ids: tuple[int, ...] = ()
     origins: tuple[int, ...] | None = None
+    tier: Tier = "device"
 
 
 @st.composite
@@ -100,17 +106,27 @@ def cache_operations(draw: st.DrawFn, *, max_operations: int = 8, max_origin: in
         max_origin: Farthest place on the diagonal (ours).
     """
     operations: list[CacheOperation] = []
-    held, selected = 0, 0
+    held: list[int] = []
+    selected: list[int] = []
+    count = 0
+    names = ["append", "select", "reposition", "reorder", "drop", "pin", "unpin", "move"]
     for _ in range(draw(st.integers(1, max_operations))):
-        name = draw(st.sampled_from(["append", "select", "reposition"] if held else ["append"]))
+        name = draw(st.sampled_from(names if held else names[:1]))
         if name == "append":
             operations.append(CacheOperation(name, shot=draw(shots())))
-            held, selected = held + 1, selected + 1
-        elif name == "select":
-            ids = tuple(draw(st.permutations(range(held)))[: draw(st.integers(0, held))])
-            operations.append(CacheOperation(name, ids=ids))
-            selected = len(ids)
-        else:
-            places = st.tuples(*[st.integers(0, max_origin)] * selected)
+            held, selected, count = [*held, count], [*selected, count], count + 1
+        elif name == "reposition":
+            places = st.tuples(*[st.integers(0, max_origin)] * len(selected))
             operations.append(CacheOperation(name, origins=draw(st.none() | places)))
+        elif name == "reorder":
+            selected = list(draw(st.permutations(selected)))
+            operations.append(CacheOperation(name, ids=tuple(selected)))
+        else:
+            ids = tuple(draw(st.permutations(held))[: draw(st.integers(0, len(held)))])
+            tier = draw(st.sampled_from(TIERS)) if name == "move" else "device"
+            operations.append(CacheOperation(name, ids=ids, tier=tier))
+            if name == "select":
+                selected = list(ids)
+            elif name == "drop":
+                held, selected = ([i for i in each if i not in ids] for each in (held, selected))
     return operations

@@ -1,0 +1,188 @@
+"""A cache in a folder: a file for each shot, and an index that is replaced last."""
+
+from collections.abc import Hashable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lct_core.cache.budget import Budget, SiteSize
+from lct_core.cache.files import read_json, write_json
+from lct_core.cache.identity import check_identity, identify
+from lct_core.cache.kv_cache import KVCache, _Kept
+from lct_core.cache.rows import Site
+from lct_core.cache.shots import CachedShot
+from lct_core.cache.tiers import ShotFile, keep_file, release_file, write_shot
+from lct_core.layout import Shot
+
+if TYPE_CHECKING:  # they import the cache
+    from lct_core.scene_model import SceneModel
+
+FORMAT = "lct-core KV cache"
+VERSION = 1
+INDEX = "index.json"
+
+
+def save(caches: Mapping[str, KVCache], folder: Path, models: Mapping[str, "SceneModel"]) -> None:
+    """Write caches that belong together to a folder, see :meth:`KVCache.save`.
+
+    Args:
+        caches: By name: one, ``"history"``, or that of each expert.
+        folder: Theirs alone.
+        models: The model of each.
+    """
+    folder = folder.absolute()
+    for cache in caches.values():
+        _check_ids(cache)
+    identities = {name: identify(model) for name, model in models.items()}
+    files = {name: _files(cache, folder) for name, cache in caches.items()}
+    before = _named(folder)
+    content = {
+        "format": FORMAT,
+        "version": VERSION,
+        "caches": {name: {"model": identities[name], **_told(caches[name], files[name])} for name in caches},
+    }
+    write_json(folder / INDEX, content)
+    for name, cache in caches.items():
+        for i, file in files[name].items():
+            keep_file(file.path)
+            cache._kept[i].files[folder] = file
+    for path in before - {file.path for each in files.values() for file in each.values()}:
+        release_file(path)
+
+
+def load(
+    folder: Path, models: Mapping[str, "SceneModel"], *, device: torch.device, budget: Budget | None
+) -> dict[str, KVCache]:
+    """The caches that were saved to a folder, see :meth:`KVCache.load`.
+
+    Args:
+        folder: Where they are.
+        models: The model of each, by the names under which they were saved.
+        device: Where the models run.
+        budget: Of each.
+    """
+    folder = folder.absolute()
+    content = read_json(folder / INDEX)
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise ValueError(f"folder: {folder / INDEX} is not that of a saved KV cache")
+    if content["version"] != VERSION:
+        raise ValueError(
+            f"folder: {folder} has layout version {content['version']}, expected {VERSION}; read it with the version "
+            "of lct-core that wrote it"
+        )
+    told = content["caches"]
+    if set(told) != set(models):
+        raise ValueError(
+            f"folder: {folder} holds {sorted(told)}, expected {sorted(models)}: a model with two experts has a cache "
+            "for each, another has one; use the model that wrote it"
+        )
+    for name, model in models.items():
+        check_identity(told[name]["model"], model)
+    return {name: _restored(told[name], folder, device, budget) for name in models}
+
+
+def _files(cache: KVCache, folder: Path) -> dict[Hashable, ShotFile]:
+    """Every shot's file in a folder; written where there is none."""
+    files = {}
+    for i, kept in cache._kept.items():
+        file = kept.files.get(folder)
+        if file is None or not file.path.is_file():
+            file = write_shot(folder, i, {key: cache._original(kept, key) for key in cache._sites})
+        files[i] = file
+    folder.mkdir(parents=True, exist_ok=True)
+    return files
+
+
+def _named(folder: Path) -> set[Path]:
+    """The files that the folder's index names, if it has one that can be read."""
+    try:
+        caches = read_json(folder / INDEX)["caches"]
+        return {folder / shot["file"] for cache in caches.values() for shot in cache["shots"]}
+    except (OSError, ValueError, LookupError, TypeError):
+        return set()
+
+
+def _told(cache: KVCache, files: Mapping[Hashable, ShotFile]) -> dict[str, Any]:
+    """What the index says of a cache, as JSON can say it."""
+    return {
+        "scheme": cache._scheme,
+        "pairing": cache._pairing,
+        "diagonal": None if cache._diagonal is None else [str(cache._diagonal.dtype), cache._diagonal.tolist()],
+        "branch": cache._branch,
+        "storage": cache._storage,
+        "capacity": cache._capacity,
+        "sites": [
+            [*key, {**size._asdict(), "dtype": str(size.dtype)}]
+            for key, size in ((key, site.size) for key, site in cache._sites.items())
+        ],
+        "history": cache._history,
+        "shots": [
+            {
+                **{name: value for name, value in asdict(kept.entry).items() if name not in ("tier", "selected")},
+                "errors": kept.errors,
+                "file": files[i].path.name,
+                "digest": files[i].digest,
+            }
+            for i, kept in cache._kept.items()
+        ],
+    }
+
+
+def _restored(told: Mapping[str, Any], folder: Path, device: torch.device, budget: Budget | None) -> KVCache:
+    cache = KVCache(capacity=told["capacity"], storage=told["storage"], budget=budget, branch=told["branch"])
+    cache._scheme, cache._pairing = told["scheme"], told["pairing"]
+    if told["diagonal"] is not None:
+        dtype, values = told["diagonal"]
+        cache._diagonal = torch.tensor(values, dtype=_dtype(dtype), device=device)
+    for block, name, size in told["sites"]:
+        size = SiteSize(**{**size, "channels": tuple(size["channels"]), "dtype": _dtype(size["dtype"])})
+        cache._sites[block, name] = Site(size, device)
+    cache._history = [_id(i) for i in told["history"]]
+    for shot in told["shots"]:
+        file = ShotFile(folder / shot.pop("file"), shot.pop("digest"), check=True)
+        errors = shot.pop("errors")
+        shot |= {
+            "id": _id(shot["id"]),
+            "shot": Shot(**shot["shot"]),
+            "level": tuple(shot["level"]),
+            "saw": tuple(map(_id, shot["saw"])),
+        }
+        entry = CachedShot(**shot, tier="disk", selected=shot["id"] in cache._history)
+        _check_file(file, entry, cache)
+        cache._kept[entry.id] = _Kept(entry, file, errors and tuple(errors), {folder: file})
+    cache._resize()
+    return cache
+
+
+def _check_file(file: ShotFile, entry: CachedShot, cache: KVCache) -> None:
+    """Refuse a file of another shot."""
+    for key, site in cache._sites.items():
+        size, tokens = site.size, entry.tokens(site.size.space)
+        expected = [(size.entries, tokens, size.heads, channels) for channels in size.channels]
+        got = [tuple(getattr(x, "values" if cache._storage != "native" else "data").shape) for x in file.get(key, ())]
+        if got != expected:
+            raise ValueError(
+                f"{file.path}: it holds {got} for block {key[0]}, site {key[1]!r}, expected {expected}; restore it "
+                "from a copy, or write the cache again"
+            )
+
+
+def _check_ids(cache: KVCache) -> None:
+    if wrong := [i for i in cache._kept if not _is_plain(i)]:
+        raise ValueError(f"ids: {wrong} can't be saved, expected strings, whole numbers, or tuples of them")
+
+
+def _is_plain(id: Hashable) -> bool:
+    return type(id) in (str, int) or (type(id) is tuple and all(map(_is_plain, id)))
+
+
+def _id(told: Any) -> Hashable:
+    return tuple(map(_id, told)) if isinstance(told, list) else told
+
+
+def _dtype(name: str) -> torch.dtype:
+    dtype = getattr(torch, name.removeprefix("torch."))
+    assert isinstance(dtype, torch.dtype)
+    return dtype

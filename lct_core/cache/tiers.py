@@ -1,0 +1,184 @@
+"""Where the keys and values of a shot are: on the model's device, in host memory, in a file."""
+
+import os
+import re
+import secrets
+import weakref
+from collections import Counter
+from collections.abc import Hashable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from lct_core.cache.files import read_tensors, write_tensors
+from lct_core.cache.quantize import Format, Quantized, quantize
+from lct_core.rope import Rotation, rotate_into
+
+SiteKey = tuple[int, str]
+Stored = Tensor | Quantized
+Pair = tuple[Stored, Stored]
+AnyStored = TypeVar("AnyStored", Tensor, Quantized, Stored)
+
+
+class KV(NamedTuple):
+    """A shot's keys as they were written, and its values, at one site; None for what stands in the site's row."""
+
+    k: Stored | None
+    v: Stored | None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what does not stand in the row."""
+        return sum(x.nbytes for x in self if x is not None)
+
+
+NOTHING = KV(None, None)
+
+
+def copied(x: AnyStored, device: torch.device | str, *, pinned: bool = False) -> AnyStored:
+    """A copy on a device, or in page-locked host memory. What is on ``meta`` stays there."""
+
+    def copy(x: Tensor) -> Tensor:
+        if x.is_meta:
+            return torch.empty_like(x)
+        return torch.empty(x.shape, dtype=x.dtype, device=device, pin_memory=pinned).copy_(x)
+
+    return Quantized(copy(x.values), copy(x.scales), x.dtype) if isinstance(x, Quantized) else copy(x)
+
+
+def copies(kv: tuple[Tensor, Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Copies of keys and values on a device."""
+    keys, values = (copied(x, device) for x in kv)
+    return keys, values
+
+
+def quantized(x: Tensor, format: Format) -> Quantized:
+    """A tensor in 8 bits; on ``meta``, what takes as many bytes."""
+    if not x.is_meta:
+        return quantize(x, format)
+    small = quantize(torch.zeros(x.shape[0], x.shape[1], x.shape[2], 1, dtype=x.dtype), format)
+    return Quantized(x.new_empty(x.shape, dtype=small.values.dtype), small.scales.to("meta"), x.dtype)
+
+
+def place(x: Stored, out: Tensor, by: Rotation | None = None) -> None:
+    """Bring keys or values to their place in a row, as the model attends to them; rotated on the way, not copied twice.
+
+    Args:
+        x: In any tier.
+        out: Where they go. From page-locked memory they come without anyone waiting.
+        by: How they are rotated (default: not at all).
+    """
+    if isinstance(x, Quantized):
+        values, scales = (part.to(out.device, non_blocking=True) for part in (x.values, x.scales))
+        Quantized(values, scales, x.dtype).dequantize(out)
+    elif x.device == out.device and by is not None:
+        rotate_into(x, by, out)
+        return
+    else:
+        mapped = out.device.type == "cuda" and x.device.type == "cpu" and not x.is_pinned()
+        out.copy_(x.pin_memory() if mapped else x, non_blocking=True)
+    if by is not None:
+        rotate_into(out, by, out)
+
+
+class ShotFile(Mapping[SiteKey, KV]):
+    """A shot's keys and values in a file, memory-mapped: read when they are used.
+
+    A file goes with its last user in this process, unless it is part of a saved cache.
+    """
+
+    def __init__(self, path: Path, digest: str, *, check: bool = False) -> None:
+        self.path, self.digest = path.absolute(), digest
+        tensors, about = read_tensors(path, digest=digest if check else None)
+        self._kv = _unnamed(tensors, about)
+        _users[self.path] += 1
+        weakref.finalize(self, _leave, self.path, os.getpid())
+
+    def __getitem__(self, key: SiteKey) -> KV:
+        return self._kv[key]
+
+    def __iter__(self) -> Iterator[SiteKey]:
+        return iter(self._kv)
+
+    def __len__(self) -> int:
+        return len(self._kv)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ShotFile, (self.path, self.digest)
+
+    def __deepcopy__(self, memo: Any) -> "ShotFile":
+        return self
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values."""
+        return sum(kv.nbytes for kv in self.values())
+
+
+def write_shot(folder: Path, id: Hashable, kvs: Mapping[SiteKey, Pair]) -> ShotFile:
+    """Write a shot to a new file, which goes with its last user.
+
+    Raises:
+        OSError: where it can't be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    readable = re.sub(r"[^A-Za-z0-9]+", "-", str(id)).strip("-")[:40]
+    path = folder / f"{readable or 'shot'}-{secrets.token_hex(6)}.safetensors"
+    digest = write_tensors(path, *_named(kvs))
+    _scratch.add(path.absolute())
+    return ShotFile(path, digest)
+
+
+def keep_file(path: Path) -> None:
+    """Let a file stay: it is part of a saved cache."""
+    _scratch.discard(path.absolute())
+
+
+def release_file(path: Path) -> None:
+    """Let a file go with its last user, or now: it is part of a saved cache no more."""
+    path = path.absolute()
+    if path in _users:
+        _scratch.add(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+_users: Counter[Path] = Counter()  # of files, in this process
+_scratch: set[Path] = set()  # the files that go with their last user
+
+
+def _leave(path: Path, process: int) -> None:
+    if process != os.getpid():
+        return
+    _users[path] -= 1
+    if not _users[path]:
+        del _users[path]
+        if path in _scratch:
+            _scratch.discard(path)
+            path.unlink(missing_ok=True)
+
+
+def _named(kvs: Mapping[SiteKey, Pair]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Keys and values by the names that they have in a file, and the dtypes of those in 8 bits."""
+    tensors: dict[str, Tensor] = {}
+    about: dict[str, str] = {}
+    for (block, site), kv in kvs.items():
+        for kind, x in zip("kv", kv, strict=True):
+            name = f"{block}/{site}/{kind}"
+            if isinstance(x, Quantized):
+                about[name] = str(x.dtype).removeprefix("torch.")
+                tensors |= {f"{name}/{part}": tensor for part, tensor in x.tensors().items()}
+            else:
+                tensors[name] = x
+    return tensors, about
+
+
+def _unnamed(tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> dict[SiteKey, KV]:
+    stored: dict[str, Stored] = {name: x for name, x in tensors.items() if name.count("/") == 2}
+    for name, dtype in about.items():
+        parts = {part: tensors[f"{name}/{part}"] for part in ("values", "scales")}
+        stored[name] = Quantized.from_tensors(parts, dtype=getattr(torch, dtype))
+    keys = sorted({tuple(name.split("/")[:2]) for name in stored})
+    return {(int(block), site): KV(*(stored[f"{block}/{site}/{kind}"] for kind in "kv")) for block, site in keys}

@@ -1,0 +1,343 @@
+"""What a model costs, taken on torch's meta device: no weights are read, nothing is computed."""
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import astuple, dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from lct_core import masks
+from lct_core.attention import attend
+from lct_core.backbone import QKV, Backbone, ShotInput, Site, State, Tokens
+from lct_core.cache import SiteSize, Space
+from lct_core.cost.live import Live
+from lct_core.cost.passes import Pass
+from lct_core.layout import Layout, Range, Shot
+from lct_core.masks import AttentionPlan, Pattern
+from lct_core.rope import Rotation, pays_in_pieces
+from lct_core.scene_model import SceneModel, TextScope
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What passes through a model take.
+
+    Norms, activations, rotation and softmax are no matrix products, and left out.
+
+    Args:
+        linear: Floating point operations, two for a multiplication and its addition, in the model's own layers: all
+            that a shot takes by itself.
+        attention: Those of the attention between shots: 4 · head_dim · heads for every attended pair, in each block.
+        calls: Passes.
+        shots: Those that went through the layers, each counted as often as it did.
+    """
+
+    linear: int = 0
+    attention: int = 0
+    calls: int = 0
+    shots: int = 0
+
+    @property
+    def total(self) -> int:
+        """All floating point operations."""
+        return self.linear + self.attention
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+    def __mul__(self, times: int) -> "Cost":
+        return Cost(*(times * count for count in astuple(self)))
+
+
+class _Attention(NamedTuple):
+    """One attention of a block: its site, its query heads, its keys."""
+
+    block: int
+    site: Site
+    heads: int
+    keys: SiteSize
+
+
+class _OneShot(NamedTuple):
+    linear: int
+    attentions: tuple[_Attention, ...]
+
+
+_Attend = Callable[[int, Site, Sequence[QKV]], Sequence[Tensor]]
+
+
+class Meter:
+    """Counts what a model's passes take, from its own layers; every shape of a shot is looked at once.
+
+    Args:
+        model: A scene model; or an adapter, whose model may be without weights (made on the meta device). It stays as
+            it is.
+        text: Which prompts a shot cross-attends to, for an adapter; a scene model says so itself.
+
+    Raises:
+        ValueError: for anything else.
+    """
+
+    def __init__(self, model: SceneModel | Backbone, *, text: TextScope = "own") -> None:
+        if not isinstance(model, SceneModel | Backbone):
+            raise ValueError(
+                f"model: got a {type(model).__name__}, expected a SceneModel, as retrofit makes it, or an adapter"
+            )
+        adapter, self.text = (model.adapter, model.text) if isinstance(model, SceneModel) else (model, text)
+        twins: dict[int, Any] = {id(b): b.to("meta") for b in adapter.model.buffers()}
+        twins |= {id(p): nn.Parameter(p.to("meta"), requires_grad=False) for p in adapter.model.parameters()}
+        self.adapter = copy.deepcopy(adapter, twins)
+        self._angles = None if adapter.traits.pairing is None else _angles(adapter).shape[1:]
+        self._shots: dict[Shot, _OneShot] = {}
+
+    @property
+    def weights(self) -> int:
+        """Bytes of the model's weights and buffers."""
+        return sum(t.nbytes for t in {*self.adapter.model.parameters(), *self.adapter.model.buffers()})
+
+    def cost(self, scene: Sequence[Shot], passes: Sequence[Pass]) -> Cost:
+        """What some passes of a scene take, for one entry of a batch.
+
+        Raises:
+            ValueError: for a shot that the model does not take, and a model that cannot be run without values.
+        """
+        return sum((self._cost(scene, step) * step.times for step in passes), Cost())
+
+    def sites(self, shot: Shot) -> dict[tuple[int, str], SiteSize]:
+        """The attentions whose keys and values a cache holds, by block and name, and what a token takes there.
+
+        Raises:
+            ValueError: as :meth:`cost` does.
+        """
+        attentions = self._one(shot).attentions
+        return {(each.block, each.site.name): each.keys for each in attentions if self._is_cached(each.site)}
+
+    def activations(self, scene: Sequence[Shot], step: Pass, *, device: str = "cpu") -> int:
+        """Most bytes that are alive at once in a pass, beside weights and cache, for one entry of a batch.
+
+        As torch allocates them with its own attention; what a kernel allocates and frees by itself is not known.
+
+        Args:
+            scene: The shots.
+            step: The pass.
+            device: The kind of device that it is run on: on a CPU, large rows are rotated in pieces.
+
+        Raises:
+            ValueError: as :meth:`cost` does.
+        """
+        shots = [scene[i] for i in step.row]
+        alone = Layout([shots], self.adapter.traits.text_first)  # a cached history is seen in place
+        blocks = self._blocks_of_each_kind()
+        sites = {site for block in blocks for site in self.adapter.sites(block)}
+        plans = {site: self._plan(site, alone, len(shots), step.pattern) for site in sites}
+        rows: dict[Site, Sequence[Tensor]] = {}
+
+        def attend_to(block: int, site: Site, parts: Sequence[QKV]) -> Sequence[Tensor]:
+            by = None if site.joint == "text" else turns[site.tokens]
+            q, k, v = (self._row([part[i] for part in parts], by if i < 2 else None, device) for i in range(3))
+            if step.cached and self._is_cached(site):
+                k, v = rows.setdefault(site, (k, v))
+            out = attend(q, k, v, plans[site], kernel="sdpa")
+            return [x.contiguous() for x in out.split([part.q.shape[1] for part in parts], dim=1)]
+
+        with _explained(self.adapter), torch.no_grad(), _WithoutScores():
+            turns = self._rotations(shots)
+            self._walk(shots, blocks, attend_to)  # so that the rows of a cache are there before
+            with Live() as live:
+                turns = self._rotations(shots)
+                self._walk(shots, blocks, attend_to)
+        return live.peak
+
+    def _cost(self, scene: Sequence[Shot], step: Pass) -> Cost:
+        shots = [scene[i] for i in step.row]
+        whole = Layout([[*(scene[i] for i in step.behind), *shots]], self.adapter.traits.text_first)
+        pairs: dict[Site, int] = {}
+        attention = 0
+        for _, site, heads, keys in self._one(shots[0]).attentions:
+            if site not in pairs:
+                pairs[site] = self._plan(site, whole, len(shots), step.pattern).pairs
+            attention += 2 * heads * sum(keys.channels) * pairs[site]
+        return Cost(sum(self._one(shot).linear for shot in shots), attention, 1, len(shots))
+
+    def _plan(self, site: Site, whole: Layout, last: int, pattern: Pattern) -> AttentionPlan:
+        """Whom the last shots see at a site, as the engine has it."""
+        own = Layout([whole.shots[-last:]], whole.text_first)
+        if site.joint == "own_shot":
+            return masks.own_shot(self._attending(site, own))
+        if site.joint == "text" and self.text == "own":
+            return masks.own_text(own)
+        if site.joint == "joined":
+            plan = pattern(self._attending(site, whole))
+        elif self.text == "own_and_global":
+            plan = masks.own_and_global_text(whole)
+        else:
+            plan = masks.seen_text(whole, pattern(whole.video_only))
+        queries = (self._attending(site, own) if site.joint == "joined" else own.video_only).tokens
+        return plan.rows(Range(plan.queries - queries, plan.queries))
+
+    def _attending(self, site: Site, layout: Layout) -> Layout:
+        return layout if self._space(site) == "tokens" else layout.video_only
+
+    def _space(self, site: Site) -> Space:
+        if site.joint == "text":
+            return "text"
+        return "tokens" if self.adapter.traits.text == "joint" and site.tokens == "all" else "video"
+
+    def _is_cached(self, site: Site) -> bool:
+        return site.joint == "joined" or (site.joint == "text" and self.text != "own")
+
+    def _one(self, shot: Shot) -> _OneShot:
+        """One shot through all layers, its attention left out."""
+        if shot not in self._shots:
+            attentions: list[_Attention] = []
+
+            def skip(block: int, site: Site, parts: Sequence[QKV]) -> Sequence[Tensor]:
+                ((q, k, v, _),) = parts
+                keys = SiteSize(self._space(site), 1, k.shape[2], (k.shape[3], v.shape[3]), k.dtype)
+                attentions.append(_Attention(block, site, q.shape[2], keys))
+                return [torch.empty_like(q)]
+
+            with _explained(self.adapter), torch.no_grad(), FlopCounterMode(display=False) as counter:
+                self._walk([shot], self.adapter.blocks, skip)
+            self._shots[shot] = _OneShot(counter.get_total_flops(), tuple(attentions))
+        return self._shots[shot]
+
+    def _blocks_of_each_kind(self) -> list[nn.Module]:
+        """Two of each: the second has what it was given beside what the first was."""
+        kinds: dict[Any, list[nn.Module]] = {}
+        for block in self.adapter.blocks:
+            kinds.setdefault((type(block), tuple(self.adapter.sites(block))), []).append(block)
+        return [block for alike in kinds.values() for block in alike[:2]]
+
+    def _walk(self, shots: Sequence[Shot], blocks: Sequence[nn.Module], attend_to: _Attend) -> None:
+        """Some shots through some of the model's blocks, as the engine has them."""
+        encoded = [self._encoded(shot) for shot in shots]  # alive to the end, as in the engine
+        states = [*encoded]
+        for i, block in enumerate(blocks):
+            states = self._through(block, states, partial(attend_to, i))
+        for shot, state in zip(shots, states, strict=True):
+            out = self.adapter.head(state)
+            if shot.video:
+                self.adapter.unpatchify(out, shot)
+
+    def _through(
+        self, block: nn.Module, states: Sequence[State], attend_to: Callable[[Site, Sequence[QKV]], Sequence[Tensor]]
+    ) -> list[State]:
+        for site in self.adapter.sites(block):
+            parts = [self.adapter.qkv(block, site, state) for state in states]
+            attended = attend_to(site, parts)
+            changed = [
+                self.adapter.finish(block, site, state, out, part.aux)
+                for state, part, out in zip(states, parts, attended, strict=True)
+            ]
+            states = [State({**s.streams, **new}, s.conditioning) for s, new in zip(states, changed, strict=True)]
+        return list(states)
+
+    def _encoded(self, shot: Shot) -> State:
+        state = self.adapter.encode(self.adapter.prepare(self._example(shot)), torch.zeros(1, device="meta"))
+        if shot.video:
+            return state
+        return State({name: x[:, :0] for name, x in state.streams.items()}, state.conditioning)  # a prompt alone
+
+    def _row(self, parts: Sequence[Tensor], by: Rotation | None, device: str) -> Tensor:
+        """All shots' queries, keys or values in one row, rotated as the engine does it."""
+        stands_in = [torch.empty((), device=device).expand(part.shape) for part in parts] if by else []
+        if by is not None and pays_in_pieces(stands_in):
+            return parts[0].new_empty(len(parts[0]), sum(part.shape[1] for part in parts), *parts[0].shape[2:])
+        x = parts[0] if len(parts) == 1 else torch.cat([*parts], dim=1)
+        return x if by is None else self.adapter.rotate(x, by)
+
+    def _rotations(self, shots: Sequence[Shot]) -> dict[Tokens, Rotation | None]:
+        """Cosines and sines of a row, of its video apart where there are several shots; of any place."""
+        joint, shape = self.adapter.traits.text == "joint", self._angles
+        if shape is None:
+            return {"all": None, "video": None}
+        dtype = torch.promote_types(self.dtype, torch.float32)
+
+        def turn(tokens: int) -> Rotation:
+            cos, sin = (torch.empty(tokens, *shape, dtype=dtype, device="meta") for _ in range(2))
+            return Rotation(cos, sin, self.adapter.traits.pairing or "half")
+
+        video = sum(shot.video for shot in shots)
+        everything = turn(video + joint * sum(shot.text for shot in shots))
+        alone = Rotation(everything.cos[:video], everything.sin[:video], everything.pairing)
+        return {"all": everything, "video": alone if len(shots) == 1 else turn(video)}
+
+    def _example(self, shot: Shot) -> ShotInput:
+        """A shot without values; a prompt alone has the latents of one token."""
+        given = example(self.adapter, shot, dtype=self.dtype)
+        if not shot.video:
+            traits = self.adapter.traits
+            given = replace(given, latents=torch.empty(1, traits.latent_channels, *traits.patch, dtype=self.dtype))
+        given = given.to("meta")
+        made = self.adapter.shot(given)
+        if made != shot:
+            raise ValueError(
+                f"scene: got a shot of {shot.text} text tokens and the grid {shot.grid}, expected {made.text} and "
+                f"{made.grid}, as {type(self.adapter.model).__name__} takes them"
+            )
+        return given
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What most of the model's weights are in."""
+        sizes: Counter[torch.dtype] = Counter()
+        for weight in self.adapter.model.parameters():
+            sizes[weight.dtype] += weight.numel()
+        return max(sizes, key=sizes.__getitem__)
+
+
+def example(adapter: Backbone, shot: Shot, *, dtype: torch.dtype) -> ShotInput:
+    """A shot of noise with those extras alone that it must have, every time the same.
+
+    Args:
+        adapter: Whose model takes it.
+        shot: Its token counts; a prompt alone, without video, has no latents.
+        dtype: Of latents and text.
+    """
+    sized = shot if shot.video else replace(shot, grid=(1, 1, 1))
+    given = adapter.example(sized, batch=1, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    extras = {name: x for name, x in given.extras.items() if adapter.traits.extras[name].required}
+    return replace(given, extras=extras) if shot.video else ShotInput(text=given.text, extras=extras, role=given.role)
+
+
+def _angles(adapter: Backbone) -> Tensor:
+    """The angles of one token: where they are learned, they can be had where the weights are alone."""
+    place = torch.zeros(1, len(adapter.traits.unit), dtype=torch.float64)
+    device = next(adapter.model.parameters()).device
+    with torch.no_grad():
+        try:
+            return adapter.rope(place)
+        except RuntimeError:
+            return adapter.rope(place.to(device))
+
+
+class _WithoutScores(TorchFunctionMode):
+    """Attention as a fused kernel has it: torch's own on the meta device would make a matrix of scores."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        query = args[0] if args else kwargs["query"]
+        return query.transpose(1, 2).new_empty(query.transpose(1, 2).shape).transpose(1, 2)
+
+
+@contextmanager
+def _explained(adapter: Backbone) -> Iterator[None]:
+    """Where a model asks for a value, which a tensor on the meta device does not have, say so."""
+    try:
+        yield
+    except (RuntimeError, NotImplementedError) as error:
+        raise ValueError(
+            f"model: {type(adapter.model).__name__} cannot be run on the meta device, as a plan needs it: {error}; "
+            f"let its layers and {type(adapter).__name__} take the shape of a tensor alone, never its values"
+        ) from error

@@ -1,0 +1,167 @@
+"""A generation as passes through the model: which shots together, behind which history, how often.
+
+For N shots of s tokens and K Euler steps, where every shot sees all before it, and the global shot left out here (but
+not below):
+
+==================  ======================  ============================
+mode                tokens through layers   attended pairs
+==================  ======================  ============================
+joint, conditional  K N s                   K N² s²
+causal              (K + 1) N s             (K + 1) N (N + 1) / 2 s²
+autoregressive      K N (N + 1) / 2 s       K N (N + 1) (N + 2) / 6 s²
+==================  ======================  ============================
+
+So tokens grow linearly, and quadratically only where the history is run again. Pairs grow quadratically where all shots
+see one another, half as fast if context-causal, and with the third power where the history is run again (context-causal
+too; bidirectional, twice that in the limit). A window makes all of it linear. A cache costs one pass more for each
+shot, which writes it at the level t_c; the last shot needs none: s tokens and N s² pairs less.
+"""
+
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from heapq import merge
+from typing import Literal, NamedTuple, get_args
+
+from lct_core.generation.director import Write
+from lct_core.generation.history import choose, recent
+from lct_core.generation.takes import Take
+from lct_core.layout import Shot
+from lct_core.masks import PATTERNS, Pattern
+
+Mode = Literal["joint", "conditional", "autoregressive", "causal"]
+
+
+class Pass(NamedTuple):
+    """Some shots through the model at once, a number of times.
+
+    Args:
+        made: The shots of the scene that it is run for, by index.
+        row: The shots that go through the layers, by index.
+        behind: The shots that are seen besides, from a cache, by index.
+        pattern: Who sees whom, what is cached counted in.
+        times: How often it is run.
+        cached: Whether the keys and values of the row go into a cache.
+        writes: Whether they are then kept as history: in a pass of its own, or in the step nearest to their level.
+    """
+
+    made: tuple[int, ...]
+    row: tuple[int, ...]
+    behind: tuple[int, ...]
+    pattern: Pattern
+    times: int
+    cached: bool = False
+    writes: bool = False
+
+
+def takes_of(
+    mode: Mode,
+    scene: Sequence[Shot],
+    *,
+    window: int = 9,
+    given: Collection[int] = (),
+    pattern: str | Pattern = "bidirectional",
+) -> list[Take]:
+    """A mode of :mod:`lct_core.generation` as takes.
+
+    Args:
+        mode: Which of them.
+        scene: The shots' token counts, a global shot first where there is one.
+        window: Shot after shot: most shots that are seen, the current one counted (paper, 4: nine).
+        given: Shots that are not to be generated, by index.
+        pattern: Who sees whom in a row; the mode ``causal`` is context-causal.
+
+    Raises:
+        ValueError: for another mode, a shot that is not the scene's, and where nothing is left to generate.
+    """
+    if mode not in get_args(Mode):
+        raise ValueError(f"mode: got {mode!r}, expected one of {get_args(Mode)}")
+    shots = _shots(scene)
+    left = tuple(i for i in shots if i not in given)
+    if not left or not set(given) <= set(shots):
+        raise ValueError(f"given: got {sorted(given)}, expected some of {shots}, and one left to generate")
+    if mode in ("joint", "conditional"):
+        return [Take(left, tuple(sorted(given)), cached=False, pattern=pattern)]
+    takes = [Take((i,), tuple(choose(recent(window), shots, i))) for i in left]
+    return takes if mode == "causal" else [replace(take, cached=False, pattern=pattern) for take in takes]
+
+
+def passes(
+    scene: Sequence[Shot], takes: Sequence[Take], *, steps: int = 32, window: int = 9, write: Write = "pass"
+) -> list[Pass]:
+    """What some takes run for one branch of guidance, in order.
+
+    Args:
+        scene: The shots' token counts, a global shot first where there is one.
+        takes: What is made; a shot of a history that none of them makes is given.
+        steps: Calls of the model for every take (paper, A.2: 32): Euler steps, or what a scheduler makes of its own.
+        window: Most shots that a shot sees, itself counted, where no take says which (paper, 4: nine).
+        write: Whether keys and values that a later take needs are written in a pass of their own (``"pass"``, paper) or
+            are those of a step that is run anyway (``"nearest"``). Those of a given shot, and of one that was not made
+            alone and through the cache, always take a pass.
+
+    Raises:
+        ValueError: for a scene without shots, another number or way to write, an unknown pattern, and a take of shots
+            that the scene does not have.
+    """
+    shots, first = _shots(scene), tuple(i for i, shot in enumerate(scene) if shot.role == "global")
+    if write not in get_args(Write):
+        raise ValueError(f"write: got {write!r}, expected one of {get_args(Write)}")
+    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+        raise ValueError(f"steps: got {steps!r}, expected an int of at least 1: calls of the model for every take")
+    histories = [_seen(take, shots, window) for take in takes]
+    stands_behind = {
+        i: (*seen, *take.shots[:n])
+        for take, seen in zip(takes, histories, strict=True)
+        for n, i in enumerate(take.shots)
+    }
+    held = {take.shots[0] for take in takes if write == "nearest" and take.cached and len(take.shots) == 1}
+    written: set[int] = set()
+    run: list[Pass] = []
+
+    def need(history: Sequence[int]) -> None:
+        """Have the keys and values of some shots written, each behind what it was made from."""
+        for i in history:
+            if i in written:
+                continue
+            written.add(i)
+            behind = (
+                ()
+                if i in first
+                else (*first, *(stands_behind[i] if i in stands_behind else choose(recent(window), shots, i)))
+            )
+            need(behind)
+            if i not in held:
+                run.append(Pass((i,), (i,), behind, PATTERNS["context_causal"], 1, cached=True, writes=True))
+
+    for take, history in zip(takes, histories, strict=True):
+        pattern = _pattern(take.pattern)
+        if take.cached:
+            need([*first, *history])
+            holds = take.shots[0] in held
+            run.append(Pass(take.shots, take.shots, (*first, *history), pattern, steps, cached=True, writes=holds))
+        else:
+            run.append(Pass(take.shots, (*first, *merge(history, take.shots)), (), pattern, steps))
+    return run
+
+
+def _shots(scene: Sequence[Shot]) -> list[int]:
+    roles = [shot.role for shot in scene]
+    if "global" in roles[1:] or "shot" not in roles:
+        raise ValueError(f"scene: got roles {roles}, expected shots, and before them at most one global shot")
+    return [i for i, role in enumerate(roles) if role == "shot"]
+
+
+def _seen(take: Take, shots: Sequence[int], window: int) -> tuple[int, ...]:
+    """What a take sees, the global shot left out."""
+    history = tuple(choose(recent(window), shots, take.shots[0])) if take.history is None else take.history
+    if unknown := [i for i in (*take.shots, *history) if i not in shots]:
+        raise ValueError(f"takes: got shots {unknown}, expected some of {list(shots)}, the scene's, counting from 0")
+    return history
+
+
+def _pattern(pattern: str | Pattern) -> Pattern:
+    if callable(pattern):
+        return pattern
+    if pattern not in PATTERNS:
+        raise ValueError(f"pattern: got {pattern!r}, expected one of {list(PATTERNS)} or a function of a layout")
+    return PATTERNS[pattern]

@@ -1,0 +1,64 @@
+"""A take: one run of the loop, and what it sees (paper, Fig. 4)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lct_core.masks import Pattern
+
+
+@dataclass(frozen=True)
+class Take:
+    """Which shots of a scene are made together, and from what.
+
+    Every mode of generation is a list of takes, and a scene may mix them. Shots are named by their index in the scene,
+    counting from 0 (a global shot counts)::
+
+        Take((0, 1, 2), cached=False, pattern="bidirectional")  # joint: all at once, at one noise level
+        Take((1, 2), history=(0,), cached=False, pattern="bidirectional")  # conditional: shot 0 is given or made
+        Take((3,), history=(0, 2), cached=False, pattern="bidirectional")  # auto-regressive, the history run again
+        Take((3,), history=(0, 2))  # auto-regressive, from cached keys and values
+
+    An extension without a cut is a take like any other: its prompt alone, of a ``ScriptShot(cut=False)``, has no
+    "[SHOT CUT]" (paper, 4.3). So is a composition: what is to be seen is given, as clips or images of one frame, and
+    the take sees it (paper, 4.3 and supplement, C)::
+
+        director.give(1, identity)
+        director.give(2, environment)
+        take = Take((3,), history=(1, 2))
+
+    Args:
+        shots: The shots to make together, in the scene's order.
+        history: The done shots that they see, in this order (default: those earlier ones that :func:`recent` chooses).
+            The global shot is always seen, and not among them.
+        cached: Whether the history is seen through its keys and values, each shot's as it was written; else it is in
+            the row at its level and runs again in every step. There a shot that is made stands before the first later
+            one of the history.
+        pattern: Who sees whom among these shots and, where it runs again, the history; as :class:`SceneModel` takes it.
+
+    Raises:
+        ValueError: for no shots, shots out of order, or a shot twice.
+    """
+
+    shots: tuple[int, ...]
+    history: tuple[int, ...] | None = None
+    cached: bool = True
+    pattern: str | Pattern = "context_causal"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shots", _indices("shots", self.shots))
+        if not self.shots or list(self.shots) != sorted(set(self.shots)):
+            raise ValueError(f"shots: got {list(self.shots)}, expected at least one, in the scene's order, each once")
+        if self.history is None:
+            return
+        object.__setattr__(self, "history", _indices("history", self.history))
+        if len({*self.history, *self.shots}) != len(self.history) + len(self.shots):
+            raise ValueError(
+                f"history: got {list(self.history)} for shots {list(self.shots)}, expected every shot once, and none "
+                "of those that are made"
+            )
+
+
+def _indices(name: str, shots: Sequence[int]) -> tuple[int, ...]:
+    if not isinstance(shots, Sequence) or any(type(i) is not int or i < 0 for i in shots):
+        raise ValueError(f"{name}: got {shots!r}, expected shots by their index in the scene from 0, such as (0, 2)")
+    return tuple(shots)

@@ -1,0 +1,10 @@
+"""The director's session: a scene made shot by shot, on disk (paper, 3.4 and 4.3).
+
+:class:`Session` is a :class:`lct_core.generation.Director` whose every take is on disk before the call that makes it
+returns. ``lct direct`` is the same in a terminal.
+"""
+
+from lct_core.session.book import Book, SessionTake, Settings, State
+from lct_core.session.session import Session, ShotRow
+
+__all__ = ["Book", "Session", "SessionTake", "Settings", "ShotRow", "State"]

@@ -1,0 +1,325 @@
+"""What a session remembers: its settings, its takes, and for every branch the states that it went through.
+
+All of it is in one small file, ``session.json``, which is replaced as a whole: it is what it was before a call, or what
+it is after, and there is no torn line to make sense of. Undo and branches are lists of states in it.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Self
+
+from lct_core.cache import Storage
+from lct_core.cache.files import read_json, write_json
+from lct_core.script import Script, ScriptShot, parse_script
+
+FILE = "session.json"
+_FORMAT = "lct session 1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What holds for all of a session; :meth:`lct_core.session.Session.create` says what each of them means."""
+
+    size: tuple[int, int, int]
+    seed: int
+    steps: int
+    shift: float
+    guidance: float
+    negative: str
+    negative_global: str
+    shared_history: bool
+    t_c: float
+    window: int
+    pattern: str
+    fps: float
+    reading: Mapping[str, Any]
+    storage: Storage
+
+
+@dataclass(frozen=True, kw_only=True)
+class SessionTake:
+    """One run of the loop, or a file that was given: what it was made of, so that it could be made again.
+
+    Args:
+        number: Its number in the session, from 1; its folder is ``takes/`` and this number.
+        shots: The shots, from 1.
+        texts: The prompt of each, without "[SHOT CUT]".
+        cuts: Whether each begins with a cut.
+        seen: The history: by shot, in the order in which it was seen, the take that it was.
+        seed: Of the noise.
+        draw: Which noise of this seed: 0, and one more for every ``redo``.
+        t_c: The level, 0-1000, at which later shots see these.
+        cached: Whether the history was seen through keys and values.
+        file: The name of the file that was given; None for what was generated.
+        digest: Of the latents' file.
+    """
+
+    number: int
+    shots: tuple[int, ...]
+    texts: tuple[str, ...]
+    cuts: tuple[bool, ...]
+    seen: Mapping[int, int]
+    seed: int
+    draw: int
+    t_c: float
+    cached: bool
+    file: str | None = None
+    digest: str = ""
+
+    @property
+    def history(self) -> tuple[int, ...]:
+        """The shots that were seen, in this order."""
+        return tuple(self.seen)
+
+    def behind(self, shot: int) -> tuple[int, ...]:
+        """What the keys and values of one of the shots stand behind: the history, and those made with it before it."""
+        return (*self.history, *self.shots[: self.shots.index(shot)])
+
+    def script_shot(self, shot: int) -> ScriptShot:
+        """What the script says of one of the shots."""
+        i = self.shots.index(shot)
+        return ScriptShot(text=self.texts[i], cut=self.cuts[i])
+
+
+@dataclass(frozen=True, kw_only=True)
+class State:
+    """Where a branch stands.
+
+    Args:
+        kept: The take of every shot that is kept, by shot.
+        present: The take to be looked at, kept or done again; None before the first.
+        history: What the next take is to see; None for the last shots that fit the window.
+    """
+
+    kept: Mapping[int, int] = field(default_factory=dict)
+    present: int | None = None
+    history: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Book:
+    """All that a session remembers but latents, pictures, keys and values. Immutable: a change is another book.
+
+    Args:
+        script: As it was at the start.
+        settings: What holds for all takes.
+        model: What :func:`lct_core.cache.identity.identify` says of the model.
+        about: What whoever made the session keeps with it.
+        takes: All takes of all branches, also those that were not kept.
+        branches: The states of every branch, the present one last.
+        branch: The present branch.
+    """
+
+    script: Script
+    settings: Settings
+    model: Mapping[str, Any]
+    about: Mapping[str, Any]
+    takes: tuple[SessionTake, ...] = ()
+    branches: Mapping[str, tuple[State, ...]] = field(default_factory=lambda: {"main": (State(),)})
+    branch: str = "main"
+
+    @classmethod
+    def read(cls, folder: Path) -> "Book":
+        """Read what :meth:`write` wrote.
+
+        Raises:
+            FileNotFoundError: there is no session in the folder.
+            ValueError: the file is cut off or edited, or of another version.
+        """
+        path = folder / FILE
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file, expected a session's folder; lct direct makes one")
+        content = read_json(path)
+        if not isinstance(content, dict) or content.get("format") != _FORMAT:
+            got = content.get("format") if isinstance(content, dict) else type(content).__name__
+            raise ValueError(f"{path}: its format is {got!r}, expected {_FORMAT!r}: the version that wrote it reads it")
+        try:
+            return cls._of(content)
+        except (LookupError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"{path}: makes no sense as a session: {type(error).__name__}: {error}") from error
+
+    @classmethod
+    def _of(cls, content: Mapping[str, Any]) -> "Book":
+        takes = [
+            SessionTake(
+                **{
+                    **take,
+                    **{name: tuple(take[name]) for name in ("shots", "texts", "cuts")},
+                    "seen": dict(take["seen"]),
+                }
+            )
+            for take in content["takes"]
+        ]
+        settings = content["settings"]
+        return cls(
+            script=parse_script(content["script"]),
+            settings=Settings(**{**settings, "size": tuple(settings["size"])}),
+            model=content["model"],
+            about=content["about"],
+            takes=tuple(takes),
+            branches={name: tuple(map(_state, states)) for name, states in content["branches"].items()},
+            branch=content["branch"],
+        )
+
+    def write(self, folder: Path) -> None:
+        """Replace the folder's ``session.json``, in one step.
+
+        Raises:
+            OSError: where it can't be written; the older one is left.
+        """
+        takes = [{**asdict(take), "seen": list(take.seen.items())} for take in self.takes]
+        branches = {
+            name: [{**asdict(state), "kept": list(state.kept.items())} for state in states]
+            for name, states in self.branches.items()
+        }
+        content = {
+            "format": _FORMAT,
+            "script": self.script.render(),
+            "settings": asdict(self.settings),
+            "model": self.model,
+            "about": self.about,
+            "takes": takes,
+            "branches": branches,
+            "branch": self.branch,
+        }
+        write_json(folder / FILE, content)
+
+    @property
+    def state(self) -> State:
+        """Where the present branch stands."""
+        return self.branches[self.branch][-1]
+
+    def then(self, **changes: Any) -> Self:
+        """The book after a step on the present branch.
+
+        Args:
+            changes: To its state.
+        """
+        states = (*self.branches[self.branch], replace(self.state, **changes))
+        return replace(self, branches={**self.branches, self.branch: states})
+
+    def take(self, number: int) -> SessionTake:
+        """The take of a number."""
+        if not 1 <= number <= len(self.takes):
+            raise LookupError(f"take {number} of {len(self.takes)}")
+        return self.takes[number - 1]
+
+    def kept(self, shot: int) -> SessionTake:
+        """The take of a shot that is kept."""
+        return self.take(self.state.kept[shot])
+
+    def depends(self, shot: int) -> dict[int, int]:
+        """The takes of other shots that a shot which is kept was made from.
+
+        Those made with it count, if it saw them; all that it saw are in :attr:`State.kept`, then or by now another.
+        """
+        take = self.kept(shot)
+        causal = self.settings.pattern == "context_causal"
+        beside = take.shots[: take.shots.index(shot)] if causal else take.shots
+        return {**take.seen, **{i: take.number for i in beside if i != shot}}
+
+    @property
+    def stale(self) -> tuple[int, ...]:
+        """Kept shots that saw another take of a shot than the one that is kept now, or a stale shot."""
+        kept, stale = self.state.kept, set[int]()
+        depends = {shot: self.depends(shot) for shot in kept}
+        while more := {
+            shot
+            for shot in kept.keys() - stale
+            if any(kept.get(i) != number or i in stale for i, number in depends[shot].items())
+        }:
+            stale |= more
+        return tuple(sorted(stale))
+
+    def origin(self, shot: int) -> dict[int, int]:
+        """All that the keys and values of a shot that is not stale depend on: its take, those of what it saw, etc."""
+        origin, left = {}, [shot]
+        while left:
+            i = left.pop()
+            if i not in origin:
+                origin[i] = self.state.kept[i]
+                left += self.depends(i)
+        return origin
+
+    def shot(self, n: int) -> ScriptShot | None:
+        """What is to be seen in a shot: of its take where one is kept, else of the script; None beyond it."""
+        if n in self.state.kept:
+            return self.kept(n).script_shot(n)
+        return self.script.shots[n - 1] if n <= len(self.script.shots) else None
+
+    @property
+    def count(self) -> int:
+        """How many shots the scene has: the script's, and those kept beyond it."""
+        return max([len(self.script.shots), *self.state.kept])
+
+    def index(self, n: int) -> int:
+        """A shot's place in the scene, where a global shot comes first."""
+        return n if self.script.global_prompt() else n - 1
+
+    def text(self, n: int, prompt: str | None, continues: bool | None) -> ScriptShot:
+        """What is to be seen in a take of a shot: as :meth:`shot` says, but for what the director says.
+
+        Raises:
+            ValueError: for a shot that there is not, and a prompt that the script refuses.
+        """
+        if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= self.count + 1:
+            raise ValueError(f"shots: got {n!r}, expected one from 1 to {self.count}, or the next with a prompt")
+        before = self.shot(n)
+        if prompt is None and before is None:
+            raise ValueError(f"shots: {n} is after the last, expected a prompt with it, or one from 1 to {self.count}")
+        cut = before.cut if before and continues is None else not continues
+        text = ScriptShot(text=before.text if prompt is None and before else prompt or "", cut=cut)
+        others = [shot for i in range(1, n) if (shot := self.shot(i))]
+        replace(self.script, shots=(*others, text))  # refuses unknown characters, and more
+        return text
+
+    def seen(self, shots: Sequence[int], history: Sequence[int] | None) -> dict[int, int]:
+        """The history of a take of some shots: the take of each that is kept.
+
+        Args:
+            shots: What is made.
+            history: What it sees, in this order; None for what was chosen, or the last ones that fit the window.
+
+        Raises:
+            ValueError: as :meth:`check_history` does, and for a shot that is not an earlier one.
+        """
+        first = min(shots)
+        chosen = self.state.history if history is None else history
+        if chosen is None:
+            earlier = [n for n in sorted(self.state.kept) if n < first and n not in self.stale]
+            chosen = earlier[len(earlier) - max(0, min(len(earlier), self.settings.window - len(shots))) :]
+        self.check_history(chosen)
+        if late := [n for n in chosen if n >= first]:
+            raise ValueError(f"history: got {listed(late)} for shot {first}, expected earlier ones")
+        return {n: self.state.kept[n] for n in chosen}
+
+    def check_history(self, shots: Sequence[int]) -> None:
+        """Refuse what nothing can see.
+
+        Raises:
+            ValueError: for shots that are not kept, stale, or there twice.
+        """
+        if missing := [n for n in shots if n not in self.state.kept]:
+            raise ValueError(f"history: {listed(missing)} not kept, expected some of {sorted(self.state.kept)}")
+        if len(set(shots)) != len(shots):
+            raise ValueError(f"history: got {list(shots)}, expected every shot once")
+        if stale := [n for n in shots if n in self.stale]:
+            raise ValueError(
+                f"history: {listed(stale)} stale, made from what was replaced since; generate it again, or keep it as "
+                "it is"
+            )
+
+
+def listed(shots: Sequence[int]) -> str:
+    """Shots in words: at least one."""
+    return f"shot{'s' if len(shots) > 1 else ''} {', '.join(map(str, shots))}"
+
+
+def _state(content: Mapping[str, Any]) -> State:
+    history: Sequence[int] | None = content["history"]
+    return State(
+        kept=dict(content["kept"]),
+        present=content["present"],
+        history=None if history is None else tuple(history),
+    )

@@ -1,0 +1,168 @@
+"""The director of a session, in memory: what it holds follows from the book, whatever was undone or killed."""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lct_core.backbone import ShotInput
+from lct_core.cache import Budget, KVCache
+from lct_core.cache.files import read_json, write_json
+from lct_core.codec import Codec
+from lct_core.experts import ExpertCache, Experts
+from lct_core.generation import Director, Guidance, Take, negative_texts, schedule, start_scene
+from lct_core.generation.euler import Callback
+from lct_core.noise import shot_noise
+from lct_core.scene_model import SceneModel
+from lct_core.script import SHOT_CUT
+from lct_core.session.archive import Archive
+from lct_core.session.book import Book, SessionTake
+
+_WRITTEN = "written.json"
+
+
+class Live:
+    """A director who can be brought to where a book stands.
+
+    Keys and values are right for as long as nothing is replaced that they depend on, :meth:`Book.origin`: those of
+    other shots are dropped, and written again when they are needed, in the same pass, so that they are the same.
+
+    Args:
+        model: The scene model, or the experts that share out its levels.
+        codec: Its codec.
+        archive: The takes' latents.
+        folder: Where keys and values are saved.
+        budget: Of each cache.
+    """
+
+    def __init__(
+        self, model: SceneModel | Experts, codec: Codec, archive: Archive, folder: Path, budget: Budget | None
+    ) -> None:
+        self._model, self._codec, self._archive, self._folder, self._budget = model, codec, archive, folder, budget
+        self._director: Director | None = None
+        self._holds: dict[int, dict[int, int]] = {}  # the origin of every shot that the director has
+        weights = next((model.high if isinstance(model, Experts) else model).backbone.parameters())
+        self._device, self._dtype = weights.device, weights.dtype
+
+    def check(self, book: Book) -> None:
+        """Refuse what a session can't begin with.
+
+        Raises:
+            ValueError: for prompts, levels, steps or storage that generation refuses.
+        """
+        list(self.follow(book).caches)  # which are made when they are first asked for
+
+    def follow(self, book: Book) -> Director:
+        """The director, with the kept shots of the present branch but for the stale ones.
+
+        Raises:
+            ValueError: for settings that generation refuses, and damaged files.
+        """
+        director, self._director = self._director, None  # until all is as it should be
+        if resumed := director is None:
+            director, self._holds = self._new(book), {}
+        stale = book.stale
+        origins = {n: book.origin(n) for n in book.state.kept if n not in stale}
+        for n in [n for n, origin in self._holds.items() if origins.get(n) != origin]:
+            director.discard(book.index(n))
+            del self._holds[n]
+        for n in sorted(book.state.kept):
+            if n in self._holds or (n in stale and book.index(n) < len(director.scene)):
+                continue
+            take = book.kept(n)
+            latents = self._archive.latents(take, n)
+            director.revise(book.index(n), self._input(book, take, n, latents.shape))
+            if n not in stale:  # else it only holds its place
+                self._hold(director, book, n, latents)
+                self._holds[n] = origins[n]
+        if resumed:
+            self._load(director, book)
+        self._director = director
+        return director
+
+    def shoot(self, book: Book, take: SessionTake, callback: Callback | None) -> dict[int, Tensor]:
+        """Make a take's shots; their latents, by shot."""
+        director = self.follow(book)
+        shape = (1, *self._codec.latent_shape(*book.settings.size))
+        inputs = {book.index(n): self._input(book, take, n, shape) for n in take.shots}
+        history = tuple(map(book.index, take.history))
+        run = Take(tuple(inputs), history=history, cached=take.cached, pattern=book.settings.pattern)
+        self._director = None  # nobody knows in what state an interruption would leave it
+        for i, shot in inputs.items():
+            director.revise(i, shot)
+        results = director.shoot(run, callback=callback)
+        self._director = director
+        return {n: results[book.index(n)] for n in take.shots}
+
+    def save(self, book: Book) -> None:
+        """Write the keys and values that there are to disk; :meth:`follow` finds them there in another process.
+
+        Raises:
+            OSError: where they can't be written.
+        """
+        director = self.follow(book)
+        self._folder.mkdir(exist_ok=True)
+        write_json(self._folder / _WRITTEN, [])  # what it said held for what was written before it
+        for number, cache in enumerate(director.caches):
+            cache.save(self._folder / str(number), self._model)
+        write_json(self._folder / _WRITTEN, [[n, [*origin.items()]] for n, origin in self._holds.items()])
+
+    def _new(self, book: Book) -> Director:
+        settings = book.settings
+        texts = negative_texts(self._codec, shot=settings.negative, overall=settings.negative_global)
+        scene = start_scene(
+            book.script, self._codec, settings.size, seed=settings.seed, device=self._device, dtype=self._dtype
+        )
+        return Director(
+            self._model,
+            scene,
+            guidance=Guidance(scale=settings.guidance, shared_history=settings.shared_history, **texts),
+            t_c=settings.t_c,
+            seed=settings.seed,
+            steps=schedule(settings.steps, shift=settings.shift),
+            new_cache=partial(self._kind, storage=settings.storage, budget=self._budget),
+        )
+
+    @property
+    def _kind(self) -> Any:
+        return ExpertCache if isinstance(self._model, Experts) else KVCache
+
+    def _hold(self, director: Director, book: Book, n: int, latents: Tensor) -> None:
+        take, i = book.kept(n), book.index(n)
+        if take.file:
+            director.give(i, latents, t_c=take.t_c)
+        else:
+            behind = tuple(map(book.index, take.behind(n)))
+            director.keep({i: latents}, Take((i,), history=behind), t_c=take.t_c)
+
+    def _load(self, director: Director, book: Book) -> None:
+        """Take over what was saved of the keys and values that are still right."""
+        if not (self._folder / _WRITTEN).is_file():
+            return
+        written = {n: dict(origin) for n, origin in read_json(self._folder / _WRITTEN)}
+        good = {book.index(n) for n, origin in written.items() if self._holds.get(n) == origin}
+        if not good:
+            return  # nor are both branches there, where saving was cut short
+        for number in range(len(director.caches)):
+            try:
+                cache = self._kind.load(
+                    self._folder / str(number), self._model, device=self._device, budget=self._budget
+                )
+            except (ValueError, OSError) as error:
+                raise ValueError(f"{error}; or remove {self._folder}: what it holds is then made again") from error
+            cache.drop(*(entry.id for entry in cache.held if entry.shot.role == "shot" and entry.id not in good))
+            cache.reposition()  # what is left of the selected history closes up, as if it had just been selected
+            director.caches[number] = cache
+
+    @torch.no_grad()
+    def _input(self, book: Book, take: SessionTake, n: int, shape: Sequence[int]) -> ShotInput:
+        """A shot as a take makes it: its prompt, and its noise."""
+        said = take.script_shot(n)
+        text = self._codec.text(f"{SHOT_CUT} {said.text}" if said.cut else said.text)
+        noise = shot_noise(
+            shape, seed=take.seed, step=take.draw, scene=0, shot=n - 1, device=self._device, dtype=self._dtype
+        )
+        return ShotInput(text=text[None].to(self._device, self._dtype), latents=noise)
