@@ -32,7 +32,15 @@ RESULTS = ROOT / "benchmarks" / "results"
 QUICK_RESULTS = ROOT / "runs" / "benchmarks"
 
 #: What a result depends on: where any of it changes, the case is measured again.
-SOURCES = ("lct_core/*.py", "plugins/lct_plugins/*.py", "benchmarks/cases.py", "benchmarks/harness.py")
+SOURCES = (
+    "lct_core/*.py",
+    "lct_core/cache/*.py",
+    "lct_core/cost/*.py",
+    "lct_core/generation/*.py",
+    "plugins/lct_plugins/*.py",
+    "benchmarks/cases.py",
+    "benchmarks/harness.py",
+)
 
 #: Distributions whose versions are recorded where they are installed.
 PACKAGES = (

@@ -120,6 +120,8 @@ def _faults(found: Any, expected: Any, where: str = "an object") -> list[str]:
 def goal(comparison: dict[str, Any]) -> str:
     """The bound of a recorded comparison; nothing where it is information."""
     least, most = comparison["least"], comparison["most"]
+    if least is not None and most is not None:
+        return f"{least:.3g} to {most:.3g}"
     return f"≥ {least:.3g}" if least is not None else f"≤ {most:.3g}" if most is not None else ""
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lct_core.backbone import Backbone
 from lct_core.cache import Budget, CachedShot, KVCache, Stage, Storage, Tier
+from lct_core.cache.kv_cache import together
 from lct_core.layout import Range
 from lct_core.masks import Pattern
 from lct_core.scene_model import Scene, SceneModel, as_scenes, noise_levels
@@ -19,7 +20,8 @@ from lct_core.scene_model import Scene, SceneModel, as_scenes, noise_levels
 class ExpertCache:
     """The history of a scene, once for each expert: their keys and values are never mixed.
 
-    What :class:`KVCache` offers for a whole history is done to both. A budget's bytes are halved between them.
+    What :class:`KVCache` offers for a whole history is done to both; an error leaves both as they were. The bytes of a
+    budget are halved between them.
     """
 
     def __init__(
@@ -96,10 +98,9 @@ class ExpertCache:
         Raises:
             ValueError: where only one expert has written them since, and as :meth:`KVCache.append` does.
         """
-        if self.high._hold is None:
+        if self.high._own.hold is None:
             self._check_written("append")
-        for cache in (self.high, self.low):
-            cache.append(*ids, prompts=prompts)
+        together(*(cache._appending(ids, prompts) for cache in (self.high, self.low)))
         self.written_by_both = False
 
     def hold(self) -> None:
@@ -109,45 +110,37 @@ class ExpertCache:
             ValueError: where only one expert has written, and as :meth:`KVCache.hold` does.
         """
         self._check_written("hold")
-        for cache in (self.high, self.low):
-            cache.hold()
+        together(*(cache._holding() for cache in (self.high, self.low)))
 
     def select(self, ids: Iterable[Hashable], *, reposition: bool = True) -> None:
         """Choose the shots that later calls see, see :meth:`KVCache.select`."""
         chosen = list(ids)
-        for cache in (self.high, self.low):
-            cache.select(chosen, reposition=reposition)
+        together(*(cache._selecting(chosen, reposition) for cache in (self.high, self.low)))
 
     def reorder(self, ids: Iterable[Hashable], *, reposition: bool = True) -> None:
         """Put the selected history in another order, see :meth:`KVCache.reorder`."""
         chosen = list(ids)
-        for cache in (self.high, self.low):
-            cache.reorder(chosen, reposition=reposition)
+        together(*(cache._reordering(chosen, reposition) for cache in (self.high, self.low)))
 
     def reposition(self, origins: Sequence[int] | None = None) -> None:
         """Move the history's shots along the diagonal, see :meth:`KVCache.reposition`."""
-        for cache in (self.high, self.low):
-            cache.reposition(origins)
+        together(*(cache._repositioning(origins) for cache in (self.high, self.low)))
 
     def drop(self, *ids: Hashable) -> None:
         """Forget shots, see :meth:`KVCache.drop`."""
-        for cache in (self.high, self.low):
-            cache.drop(*ids)
+        together(*(cache._dropping(ids) for cache in (self.high, self.low)))
 
     def pin(self, *ids: Hashable) -> None:
         """Have shots kept near the model before others, see :meth:`KVCache.pin`."""
-        for cache in (self.high, self.low):
-            cache.pin(*ids)
+        together(*(cache._pinning(ids, True) for cache in (self.high, self.low)))
 
     def unpin(self, *ids: Hashable) -> None:
         """Have shots kept near the model no longer than others, see :meth:`KVCache.unpin`."""
-        for cache in (self.high, self.low):
-            cache.unpin(*ids)
+        together(*(cache._pinning(ids, False) for cache in (self.high, self.low)))
 
     def move(self, *ids: Hashable, tier: Tier) -> None:
         """Say where shots are to be, see :meth:`KVCache.move`."""
-        for cache in (self.high, self.low):
-            cache.move(*ids, tier=tier)
+        together(*(cache._moving(ids, tier) for cache in (self.high, self.low)))
 
     def fork(self) -> "ExpertCache":
         """A cache of the same shots that goes its own way, see :meth:`KVCache.fork`."""

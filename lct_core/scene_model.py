@@ -256,8 +256,9 @@ class _Call:
             for i, shot in enumerate(self.layout.shots)
             for state in [self.adapter.encode(inputs[i], timesteps[:, i])]
         ]
-        self.groups = _alike(encoded) if self.batching else [[i] for i in range(len(encoded))]
-        states = [_stacked([encoded[i] for i in group]) for group in self.groups]
+        self.groups = alike(encoded) if self.batching else [[i] for i in range(len(encoded))]
+        states = [stacked([encoded[i] for i in group]) for group in self.groups]
+        del encoded  # what the blocks change need not stay
         for index, block in enumerate(self.adapter.blocks):
             states = _updated(states, block(_BlockCall(self, index), states))
         tokens = self.shot_by_shot([self.adapter.head(state) for state in states])
@@ -434,7 +435,7 @@ class _BlockCall:
         return attend_routed(q, k, v, self.routes[site.name], kernel=call.kernel)
 
 
-def _alike(states: Sequence[State]) -> list[list[int]]:
+def alike(states: Sequence[State]) -> list[list[int]]:
     """Shots whose states can be stacked, by their indices in the row."""
     groups: dict[Any, list[int]] = {}
     for i, state in enumerate(states):
@@ -443,7 +444,8 @@ def _alike(states: Sequence[State]) -> list[list[int]]:
     return list(groups.values())
 
 
-def _stacked(states: Sequence[State]) -> State:
+def stacked(states: Sequence[State]) -> State:
+    """Some shots as one batch."""
     first, *rest = states
     return State(
         {name: _cat([x, *(state.streams[name] for state in rest)], dim=0) for name, x in first.streams.items()},

@@ -914,7 +914,8 @@ def test_a_source_tree_tells_what_an_installation_would(tmp_path):
 def test_the_suite_runs_a_quick_case_without_what_draws(tmp_path):
     (tmp_path / "matplotlib.py").write_text("raise ImportError('not here')")
     path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
-    cases = ["benchmarks/test_attention.py::test_attention[cpu-cached-16k-fp32-forward]", "benchmarks/test_cache.py"]
+    of_cache = [f"benchmarks/test_cache_{what}.py" for what in ("step", "tiers", "operations")]
+    cases = ["benchmarks/test_attention.py::test_attention[cpu-cached-16k-fp32-forward]", *of_cache]
     quick = [sys.executable, "-m", "pytest", *cases, "-m", "not gpu", "--quick", "-q", "-p", "no:cacheprovider"]
     done = subprocess.run(quick, cwd=ROOT, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,6 +1,7 @@
 import copy
 import pickle
 import tempfile
+from dataclasses import replace
 from functools import cache as once
 from functools import partial
 from itertools import accumulate
@@ -605,7 +606,7 @@ class Operations(RuleBasedStateMachine):
 
     def teardown(self):
         for branch in getattr(self, "branches", []):  # what all of them hold in the end
-            branch.cache._budget, self.budget = Budget(), Budget()
+            branch.cache._own.budget, self.budget = Budget(), Budget()
             for chosen in ([entry["id"] for entry in branch.history], sorted(branch.entries)):
                 branch.cache.select(chosen, reposition=False)
                 branch.show(chosen)
@@ -739,10 +740,14 @@ def test_select_refuses_and_changes_nothing():
     before = cache.shots
     with pytest.raises(ValueError, match=r"^ids: \['x', 7\] are not in the cache; it holds \[0, 1, 2\]"):
         cache.select([0, "x", 7])
+    with pytest.raises(ValueError, match=r"^ids: \[\[0\]\] are not in the cache"):
+        cache.select([[0]])
     with pytest.raises(ValueError, match=r"^ids: got \[0, 1, 0\], expected every shot once"):
         cache.select([0, 1, 0])
     with pytest.raises(ValueError, match=r"^origins: got 2, expected 3, one for each selected shot"):
         cache.reposition([0, 1])
+    with pytest.raises(ValueError, match=r"^origins: got \[0.5\], expected whole numbers: steps along the diagonal"):
+        cache.reposition([0, 0.5, 9])
     assert cache.shots == before
     cache.append("still there")
 
@@ -769,12 +774,20 @@ def other_model(**options):
         return retrofit(MMDiT(**{"channels": 4, "text_width": 16, "width": 48, "depth": 3, "heads": 2, **options}))
 
 
+def half_turned(model):
+    """The same model, but for which channels are rotated together."""
+    adapter = MMDiTBackbone(model.backbone)
+    adapter.traits = replace(adapter.traits, pairing="half")
+    return retrofit(model.backbone, backbone=adapter)
+
+
 @pytest.mark.parametrize(
     ("model", "batch", "message"),
     [
         (scene_model, 2, r"^cache: it holds keys of batch 1, .*; this call has 2, .*; use another cache"),
-        (partial(other_model, heads=4), 1, r"^cache: .*heads and channels \[2, 24\], .*; this call has 1, \[4, 12\]"),
-        (partial(other_model, width=96), 1, r"^cache: .*heads and channels \[2, 24\], .*; this call has 1, \[2, 48\]"),
+        (partial(other_model, heads=4), 1, r"^cache: its shots were written by a model with other RoPE angles"),
+        (partial(other_model, theta=99.0), 1, r"^cache: .* RoPE angles than this one; use another cache, or the model"),
+        (lambda: half_turned(scene_model()), 1, r"^cache: .* other RoPE angles"),
         (partial(other_model, depth=4), 1, r"^cache: it holds 1 shots, but nothing for block 3, site 'self'"),
         (
             lambda: retrofit(tiny().bfloat16()),
@@ -790,7 +803,10 @@ def test_refuses_what_does_not_fit_the_history(model, batch, message):
     with pytest.raises(ValueError, match=message):
         call(model, shot, cache)
     (good,) = draw(SIXTH)
-    assert torch.equal(call(scene_model(), good, cache), call(scene_model(), good, fill(KVCache(), FIVE[:1])))
+    untouched = fill(KVCache(), FIVE[:1])
+    for each in (cache, untouched):
+        each.reposition([7])  # by the angles of the model that wrote it
+    assert torch.equal(call(scene_model(), good, cache), call(scene_model(), good, untouched))
 
 
 def test_refuses_two_scenes():

@@ -2,6 +2,7 @@
 
 import copy
 import errno
+import gc
 import hashlib
 import json
 import math
@@ -30,7 +31,7 @@ from toys import CROSS, toy
 
 from lct_backbones.mmdit import tiny
 from lct_core import Experts, KVCache, Shot, retrofit
-from lct_core.cache import files
+from lct_core.cache import Budget, files
 from lct_core.cache.files import read_json, read_tensors, write_json, write_tensors
 from lct_core.cache.identity import check_identity, identify
 
@@ -521,7 +522,8 @@ IDS = ["a", 7, ("b", (1, "c")), "7", "e"]
 CACHES = {
     "float32": (mmdit, {}),
     "bfloat16": (partial(mmdit, dtype=torch.bfloat16), {"branch": "negative"}),
-    "paper": (partial(mmdit, scheme="paper"), {"capacity": 99}),
+    "float64": (partial(mmdit, dtype=torch.float64), {"storage": "int8"}),
+    "paper": (partial(mmdit, scheme="paper", dtype=torch.float64), {"capacity": 99}),
     "cross": (partial(crossed, "all"), {}),
     "int8": (mmdit, {"storage": "int8"}),
     "fp8": (partial(mmdit, dtype=torch.bfloat16), {"storage": "fp8"}),
@@ -639,6 +641,30 @@ def test_a_full_disk_loses_nothing(tmp_path):
     assert len(files_of(tmp_path)) == 5
 
 
+def test_what_a_killed_save_left_is_cleared_by_the_next(tmp_path, saved):
+    """And nothing that is anybody else's, or that another cache of this process reads still."""
+    cache, reader = (KVCache.load(tmp_path, saved) for _ in range(2))
+    whole = min(in_use(tmp_path)).read_bytes()
+    left = [tmp_path / f"e-0123456789ab.safetensors{end}" for end in ("", ".partial")]
+    others = [tmp_path / name for name in ("notes.txt", "shot.safetensors", "shot-1.safetensors.bak")]
+    for file in (*left, *others):
+        file.write_bytes(whole)
+    cache.drop(IDS[1])
+    cache.save(tmp_path, saved)
+    assert known(KVCache.load(tmp_path, saved)) == known(cache)
+    assert len(in_use(tmp_path)) == 2
+    reader.select([IDS[1]])
+    shoot(saved, reader, 3)
+    del reader
+    gc.collect()
+    assert sorted(tmp_path.iterdir()) == sorted([*others, tmp_path / "index.json", *in_use(tmp_path)])
+
+
+def in_use(folder):
+    """The files that a saved cache's index names."""
+    return {folder / shot["file"] for shot in read_json(folder / "index.json")["caches"]["history"]["shots"]}
+
+
 def failing_after(times, function):
     """The function, so many times, and then a full disk."""
     left = iter(range(times))
@@ -725,6 +751,23 @@ def test_a_cache_of_another_model_is_refused(tmp_path, wrote, reads, message):
     with pytest.raises(ValueError, match=f"^model: its {message}"):
         KVCache.load(tmp_path, reads())
     assert known(KVCache.load(tmp_path, wrote())) == known(filled(wrote()))
+
+
+def test_a_file_in_the_place_of_the_folder(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("mine")
+    cache = filled(mmdit(), budget=Budget(folder=file))
+    for write in (
+        partial(cache.save, file, mmdit()),
+        partial(cache.save, file / "saved", mmdit()),
+        partial(cache.move, IDS[0], tier="disk"),
+    ):
+        with pytest.raises(
+            NotADirectoryError, match=f"{file}.*: there is a file in the place of a folder; use another"
+        ):
+            write()
+    assert known(cache) == known(filled(mmdit()))
+    assert file.read_text() == "mine"
 
 
 @pytest.mark.parametrize("id", [1.5, None, frozenset("a"), ("a", 2.0)])

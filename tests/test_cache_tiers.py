@@ -12,6 +12,8 @@ from lct_backbones.mmdit import tiny
 from lct_core import KVCache, Shot, ShotInput, retrofit
 from lct_core.cache import Budget, Stage, recency
 from lct_core.cache.quantize import quantize
+from lct_core.cache.tiers import place
+from lct_core.cache.working import WorkingRows
 
 FOUR = [Shot(2, (2, 2, 3)), Shot(0, (1, 1, 1)), Shot(3, (1, 4, 2)), Shot(1, (3, 1, 2))]
 FIFTH = Shot(2, (2, 3, 2))
@@ -96,7 +98,7 @@ def test_a_history_in_8_bits_is_what_its_numbers_say():
             def append(self, *ids):
                 start = sum(entry.shot.tokens for entry in self.shots)
                 stop = start + sum(shot.tokens for shot in self.staged.shots)
-                for site in self._sites.values():
+                for site in self._own.sites.values():
                     for x in (site.row.k, site.row.v):
                         x[:, start:stop] = quantize(x[:, start:stop], storage).dequantize()  # noqa: B023
                 super().append(*ids)
@@ -155,7 +157,7 @@ def test_forks_share_until_they_differ(first, staged):
     fork = cache.fork()
     fork.__class__ = Watched
     assert fork.staged is None
-    assert {x.untyped_storage().data_ptr() for s in fork._sites.values() for x in (s.row.k, s.row.v)} == shared
+    assert {x.untyped_storage().data_ptr() for s in fork._own.sites.values() for x in (s.row.k, s.row.v)} == shared
     branches = [(cache, fifth), (fork, other)]
     for each, shot in branches if first == "original" else branches[::-1]:
         if each is fork or not staged:  # else it has written before the fork
@@ -203,10 +205,10 @@ def test_a_selection_that_changes_no_row_copies_nothing():
         cache.stage(Stage((each,), torch.zeros(1, 1), (0,), (1,)))
         cache.append(i)
     cache.select([0, 2])
-    video, text = (cache._sites[0, space].row for space in ("video", "text"))
+    video, text = (cache._own.sites[0, space].row for space in ("video", "text"))
     cache.select([1, 2])
-    assert cache._sites[0, "video"].row is video
-    assert cache._sites[0, "text"].row is not text
+    assert cache._own.sites[0, "video"].row is video
+    assert cache._own.sites[0, "text"].row is not text
 
 
 # Budgets.
@@ -247,8 +249,15 @@ def test_a_budget_too_small_says_so_before_anything_is_made():
     call(draw(shot)[0], cache)  # it goes on
     with pytest.raises(ValueError, match=r"^device: got -1"):
         Budget(device=-1)
+    with pytest.raises(ValueError, match=r"^policy: got 'recency', expected a function"):
+        Budget(policy="recency")
     with pytest.raises(ValueError, match=r"^storage: got 'int4'"):
         KVCache(storage="int4")
+    for capacity in (-1, 1.5, True):
+        with pytest.raises(ValueError, match=r"^capacity: got .*, expected a number of tokens, 0 or more"):
+            KVCache(capacity=capacity)
+    with pytest.raises(ValueError, match=r"^budget: got 80, expected Budget\(device=...,"):
+        KVCache(budget=80)
     with pytest.raises(ValueError, match=r"^policy: it ranks \[\]"):
         fill(KVCache(budget=Budget(host=1, policy=lambda shots: [])), [shot])
     with pytest.raises(ValueError, match=r"no folder for files"):
@@ -316,6 +325,55 @@ def test_tensors_on_meta_give_the_numbers_of_a_run(storage):
     assert found[0] == found[1]
 
 
+def test_the_second_working_row_of_a_gpu_is_part_of_the_budget():
+    found = {}
+    for kind in ("cpu", "cuda"):
+        cache = KVCache(storage="int8", budget=Budget(device=220_000))
+        cache._own.working = WorkingRows(kind=kind)
+        for i, shot in enumerate([Shot(2, (4, 4, 4))] * 9):
+            keep(cache, i, shot, "meta")
+        assert cache.peak_nbytes <= 220_000
+        keep(cache, 9, FIFTH, "meta")
+        found[kind] = cache.peak_nbytes, sum(entry.tier == "device" for entry in cache.shots)
+    (_, near), (_, near_on_gpu) = found["cpu"], found["cuda"]
+    assert near > near_on_gpu > 0
+
+
+def test_what_leaves_the_device_in_8_bits_is_counted_in_passing(monkeypatch):
+    """Where the device is another than the host, of which tensors on meta are an example."""
+    alone = 2 * FIFTH.tokens * 2 * 8
+    cache = KVCache(storage="int8", budget=Budget(device=10**6))
+    cache.begin("anchored", None, None)
+    x = torch.ones(1, FIFTH.tokens, 2, 8, device="meta")
+    for block in range(3):
+        cache.write((block, "self"), "tokens", x, x)
+    cache.stage(Stage((FIFTH,), torch.zeros(1, 1), (0,), (3,)))
+    staged, working = 3 * alone * 4, alone * 4
+    assert cache.bytes_by_tier["device"] == staged + working
+    monkeypatch.setattr(WorkingRows, "release", lambda rows: None)
+    cache.append(0)
+    assert cache.peak_nbytes > staged + working + alone
+
+
+def test_8_bits_are_brought_some_tokens_at_a_time():
+    """What is elsewhere comes in 8 bits, a few thousand tokens at once."""
+    x = torch.randn(1, 3 * 4096 + 5, 1, 2)
+    small, brought = quantize(x, "int8"), []
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            if function is torch.Tensor.to:
+                brought.append(out.shape)
+            return out
+
+    row = torch.empty_like(x)
+    with Watch():
+        place(small, row)
+    assert torch.equal(row, small.dequantize())
+    assert [shape[1] for shape in brought[1:]] == [4096, 4096, 4096, 5]  # behind the scales
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("storage", ["native", "int8"])
@@ -330,3 +388,13 @@ def test_prefetch_changes_no_bit_on_a_gpu(tmp_path, storage):
             each.select(order)
         for _ in range(5):
             assert torch.equal(call(fifth, far), call(fifth, near))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_cache_is_loaded_to_the_present_gpu(tmp_path):
+    cache = fill(KVCache(), device="cuda")
+    cache.save(tmp_path, scene_model("cuda:0"))
+    loaded = KVCache.load(tmp_path, scene_model("cuda:0"), device="cuda")
+    (fifth,) = draw(FIFTH, seed=1, device="cuda")
+    assert torch.equal(call(fifth, loaded), call(fifth, cache))

@@ -28,7 +28,7 @@ from lct_core import (
     hookimpl,
     registry,
 )
-from lct_core.cli import backbones, conformance, inspect, kernels, main, pictures
+from lct_core.cli import asked, backbones, conformance, inspect, kernels, main, pictures
 from lct_core.cli.shots import EXAMPLE, Size, costs, parse_shots, shot_names, starts
 from lct_core.masks import PATTERNS, bidirectional, context_causal, own_and_global_text
 from lct_core.testing.strategies import layouts
@@ -669,7 +669,7 @@ def test_kernels_of_every_backbone(capsys):
 
 
 def test_a_backbone_without_its_library(plugged, monkeypatch, capsys):
-    monkeypatch.setattr(kernels, "registry", lambda: plugged)
+    monkeypatch.setattr(asked, "registry", lambda: plugged)
     line = refused(capsys, ["kernels", "--backbone", "other"])
     assert line == "lct kernels: error: --backbone: other needs its library (a 1.2): No module named 'a'; install it"
 

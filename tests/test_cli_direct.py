@@ -1,6 +1,7 @@
 """``lct direct``: what is typed is done, what was done is there when it is resumed, and what is wrong is one line."""
 
 import io
+import shutil
 import sys
 from pathlib import Path
 
@@ -37,7 +38,8 @@ def _in_a_folder_with_checkpoints(tmp_path, monkeypatch):
     source = {"backbone": "mmdit", "options": options, "codec": codec.state()}
     card = ModelCard(source=source, scheme="anchored", size=(2, 32, 32), area=4096, multiple=16, fps=8.0, max_frames=9)
     torch.manual_seed(0)
-    weights = registry().build("mmdit", **options).state_dict()
+    made = registry().build("mmdit", **options).state_dict()
+    weights = {name: 0.2 * torch.randn(weight.shape) for name, weight in made.items()}  # of which no gate is closed
     for pattern in ("context_causal", "bidirectional", "own_shot"):
         content = {"about": card.state(), "stage": "last", "stages": [{"name": "last", "max_shots": 3}]}
         save_checkpoint(tmp_path / f"{pattern}.pt", {**content, "pattern": pattern, "model": weights})
@@ -90,22 +92,22 @@ def test_a_session_through_a_pipe(direct, tmp_path):
     assert out[0] == "s: branch main, 0 of 3 shots kept; no take yet. help lists the commands."
     said = [line for line in out if line.startswith(("take", "kept", "  s/"))]
     assert said == [
-        "take 1: shot 1, seed 0",
+        "take 1: shot 1, seeing no other shot; seed 0",
         "  s/takes/0001/contact_sheet.png",
         "  s/takes/0001/shot_1.mp4",
         "kept: take 1 of shot 1",
-        "take 2: shot 2 from 1, seed 7",
+        "take 2: shot 2, seeing shot 1; seed 7",
         "  s/takes/0002/contact_sheet.png",
         "  s/takes/0002/shot_2.mp4",
-        "take 3: shot 2 from 1, seed 7, draw 1",
+        "take 3: shot 2, seeing shot 1; seed 7, draw 1",
         "  s/takes/0003/contact_sheet.png",
         "  s/takes/0003/shot_2.mp4",
         "kept: take 3 of shot 2",
-        "take 4: shot 3 from 1, seed 0",
+        "take 4: shot 3, seeing shot 1; seed 0",
         "  s/takes/0004/contact_sheet.png",
         "  s/takes/0004/shot_3.mp4",
         "kept: take 4 of shot 3",
-        "take 5: shot 4, seed 0",
+        "take 5: shot 4, seeing no other shot; seed 0",
         "  s/takes/0005/contact_sheet.png",
         "  s/takes/0005/shot_4.mp4",
         "kept: take 5 of shot 4",
@@ -119,14 +121,18 @@ def test_a_session_through_a_pipe(direct, tmp_path):
     assert [(row.history, row.t_c) for row in session.shots] == [((), 100), ((1,), 300), ((1,), 100), ((), 100)]
     assert read_video("s/scene/scene.mp4").shape == (3, 8, 32, 32)
     assert [shot.cut for shot in read_scene("s/scene").script.shots] == [True, True, False, False]
-    assert (tmp_path / "s" / "cache" / "0" / "index.json").is_file()  # all is saved at the end
+    assert out[-1] == "saved: s/cache"  # all is, at the end
+    assert (tmp_path / "s" / "cache" / "positive" / "index.json").is_file()
 
 
 def test_it_goes_on_where_it_was_left(direct):
     begin(direct, "generate\nkeep\ngenerate\nquit\ngenerate 3")
     out, err = direct("s", say="keep\ngenerate\nsh")
     assert err == []
-    assert out[0] == "s: branch main, 1 of 3 shots kept; the present take is 2, of shot 2. help lists the commands."
+    assert (
+        out[0]
+        == "s: branch main, 1 of 3 shots kept; the present one is take 2, of shot 2, not kept. help lists the commands."
+    )
     rows = [line.split()[:4] for line in out if line.strip().startswith(("1  ", "2  ", "3  "))]
     assert rows == [["1", "kept", "1", "100"], ["2", "kept", "2", "1"], ["3", "made", "3", "1,"]]
     begin(direct, "generate\nkeep\n" * 2 + "generate", out="whole")
@@ -134,6 +140,45 @@ def test_it_goes_on_where_it_was_left(direct):
     assert all(torch.equal(ours[n], theirs[n]) for n in (1, 2))
     third = [opened(folder)._archive.latents(opened(folder).present, 3) for folder in ("s", "whole")]
     assert torch.equal(*third)
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_under_bfloat16_it_goes_on_with_the_same_bits(direct, tmp_path, saved):
+    """From the saved cache, which holds bfloat16, and where that is gone, from keys that are written again."""
+    begin(direct, "generate\nkeep\n" * 2 + "generate", "--bf16", out="whole")
+    begin(direct, "generate\nkeep\n" * 2, "--bf16")
+    if not saved:
+        shutil.rmtree(tmp_path / "s" / "cache")
+    direct("s", say="generate")
+    begin(direct, "generate\nkeep\n" * 2 + "generate", out="float32")
+    whole, ours, wide = (
+        session._archive.latents(session.present, 3) for session in map(opened, ("whole", "s", "float32"))
+    )
+    assert torch.equal(whole, ours)
+    assert not torch.equal(whole, wide)
+
+
+def test_storage_and_tiers_of_the_cache(direct, tmp_path):
+    """In 8 bits shots are seen otherwise; in files, they are not."""
+    say = "generate\nkeep\n" * 2 + "generate"
+    files = ("--on-device", 0.0000115, "--on-host", 0)
+    begin(direct, say, out="plain")
+    begin(direct, say, *files, out="tiers")
+    begin(direct, say, "--storage", "int8", *files, "--cache-folder", tmp_path / "disk", out="int8")
+    assert (tmp_path / "disk").is_dir()
+    _, err = direct("int8", *files, say="generate")
+    assert err == []
+    plain, tiers, int8 = map(opened, ("plain", "tiers", "int8"))
+    assert int8.settings.storage == "int8"
+    takes = [
+        [session._archive.latents(take, 3) for take in session._book.takes[2:]] for session in (plain, tiers, int8)
+    ]
+    assert torch.equal(takes[0][0], takes[1][0])
+    assert not torch.equal(takes[0][0], takes[2][0])
+    assert torch.equal(*takes[2])
+    _, err = begin(direct, "generate", "--on-device", 0, "--on-host", 0, out="none")
+    assert len(err) == 1
+    assert err[0].startswith("error: budget: ")
 
 
 def test_a_wrong_command_is_one_line_and_the_session_goes_on(direct, tmp_path):
@@ -144,16 +189,18 @@ def test_a_wrong_command_is_one_line_and_the_session_goes_on(direct, tmp_path):
         "s": "'s': which of switch, shots, scene, save?",
         'generate "': "No closing quotation",
         "generate 9": "shots: got 9, expected one from 1 to 3, or the next with a prompt",
-        "generate one": "got 'one', expected shots, or one of from, prompt, seed, t_c, continues, recompute",
+        "generate one": "got 'one', expected shots, or one of from, prompt, seed, t_c, continues, cut, recompute",
+        "generate -1": "got '-1', expected shots, or one of from",
         "generate from": "from: expected shots after it, such as 1 3; none; or recent",
         "generate from 2": "history: shot 2 not kept, expected some of [1]",
         "generate seed": "seed: expected a value after it",
-        "generate seed x": "seed: got 'x', expected a number",
+        "generate seed x": "seed: got 'x', expected a whole number",
+        'generate prompt "[SHOT CUT] A wall."': "prompt: got '[SHOT CUT] A wall.', expected it without [SHOT CUT]",
         "generate t_c 2000": "t_c: got 2000.0, expected a level from 0",
         "generate prompt zebra": "prompt: 'zebra' in '[SHOT CUT] zebra' is not among the words that this codec knows",
         "redo t_c 3": "got 't_c', expected one of seed",
         "keep all": "got 'all', expected numbers of shots",
-        "keep 1": "stale: shot 1 is not stale, and no other is; keep() alone keeps the present take",
+        "keep 1": "stale: shot 1 is not stale, and no other is; without a shot, keep is for the present take",
         "history": "history: expected shots, such as 1 3; none; or recent",
         "give 2": "give: expected a shot and a file, such as 2 hero.png",
         "give 2 none.png": "none.png: no such file, expected an image",
@@ -193,10 +240,11 @@ def test_every_other_command(direct):
         """,
     )
     assert err == []
-    assert "stale: 2; generate them again, or keep them as they are" in out
+    stale = "stale: shot 2, made from what was replaced since; not seen by others until generated again, "
+    assert stale + "or kept as is (keep 2)" in out
     assert "kept: take 5 of shot 2" in out
-    assert "branch main, 2 of 3 shots kept; the present take is 2, of shot 2" in out
-    assert out[-1] == "  A command may be cut short, as long as it is the only one that begins so."
+    assert "branch main, 2 of 3 shots kept; the present one is take 2, of shot 2, kept" in out
+    assert out[-2] == "A command may be cut short, as long as it is the only one that begins so."
     session = opened()
     assert session.kept == {1: 1, 2: 2}
     session.switch("wide")
@@ -233,13 +281,18 @@ def test_a_bidirectional_model_runs_its_history_again(direct):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["script.txt"], "CHECKPOINT: got none with script.txt, expected a file that lct tune wrote"),
+        (["script.txt"], "CHECKPOINT: got none with script.txt, expected a file that lct tune wrote; or script.txt "),
         (["none.txt", "context_causal.pt"], "none.txt: no such file"),
         (["."], "session.json: no such file, expected a session's folder"),
         (["script.txt", "own_shot.pt"], "own_shot.pt: tuned on single shots, and makes each by itself"),
-        (["script.txt", "context_causal.pt", "--out", "s"], "s: already holds a session; open it"),
+        (["script.txt", "context_causal.pt", "--out", "s"], "s: already holds a session; go on with that"),
         (["script.txt", "context_causal.pt", "--size", "2x30x32"], "size: frames: got 2 of 30 x 32 pixels"),
         (["s", "--steps", "3"], "--steps: s is a session, which has its own settings; leave it out"),
+        (["s", "--storage", "int8"], "--storage: s is a session, which has its own settings; leave it out"),
+        (["script.txt", "bidirectional.pt", "--storage", "int8"], "--storage: bidirectional.pt was tuned with bidirec"),
+        (["script.txt", "bidirectional.pt", "--on-host", "1"], "--on-host: bidirectional.pt was tuned with bidirectio"),
+        (["s", "--on-device", "-1"], "Invalid value for '--on-device': -1.0 is not in the range"),
+        (["nowhere"], "CHECKPOINT: got none with nowhere, expected a file that lct tune wrote; or nowhere to be the "),
         (["s", "other.pt"], "s: made with another model: model: its weights differ"),
     ],
 )
@@ -264,6 +317,7 @@ def test_the_checkpoint_may_have_moved(direct, tmp_path):
     assert "context_causal.pt: no such file" in err[0]
     out, _ = direct("s", "moved.pt", say="keep")
     assert "kept: take 1 of shot 1" in out
+    assert out[-1] == "saved: nothing is new"  # no key was needed
 
 
 def test_help_has_a_session(direct):

@@ -232,6 +232,20 @@ def test_the_window_and_the_level_of_the_history(lct, mode):
     assert not torch.equal(far[1], noisy[1])
 
 
+def test_storage_and_tiers_of_the_cache(run, lct, tmp_path, capsys):
+    """In 8 bits earlier shots are seen otherwise; in files, they are not."""
+    near = lct("causal")
+    little = ["--on-device", 0.0002, "--on-host", 0]
+    assert same(near, lct("causal", *little, "--cache-folder", "files"))
+    assert (tmp_path / "files").is_dir()
+    eight = lct("causal", "--storage", "int8")
+    assert not any(torch.equal(a, b) for a, b in zip(near, eight, strict=True))  # the global prompt is seen by all
+    assert all((a - b).abs().max() < 0.05 for a, b in zip(near, eight, strict=True))
+    capsys.readouterr()
+    line = refused(capsys, ["script.txt", run / "causal.pt", *little, "--out", "out"])
+    assert line.startswith("budget: ")
+
+
 def test_more_steps_and_a_script_without_global_prompt(lct, tmp_path):
     assert not same(lct("bidirectional"), lct("bidirectional", steps=3))
     (tmp_path / "script.txt").write_text("Shot 1. A red square.\n\nShot 2. The square moves.\n")
@@ -444,7 +458,8 @@ def test_out_of_memory_is_one_line(run, capsys, monkeypatch):
     monkeypatch.setattr(generation, "causal", too_large)
     line = refused(capsys, ["script.txt", run / "causal.pt"])
     assert line == (
-        "--device: cpu is out of memory; choose a smaller --size or --window, or add --bf16 "
+        "--device: cpu is out of memory; choose a smaller --size or --window, add --bf16, or with --mode causal set "
+        "--storage or --on-device "
         "(CUDA out of memory. Tried to allocate 20.00 MiB)"
     )
 
@@ -583,6 +598,8 @@ def test_a_checkpoint_that_does_not_say_how_to_make_its_model(run, tmp_path, cap
         (["--negative-global", "zebra"], "prompt: 'zebra' in 'zebra' is not among the words that this codec knows: "),
         (["--steps", "0"], "Invalid value for '--steps': 0 is not in the range 1<=x"),
         (["--mode", "joint", "--t-c", "300"], "--t-c: got 300, but joint generation has no given and no earlier "),
+        (["--storage", "int8"], "--storage: got it, but joint generation has no KV cache; leave it out, or "),
+        (["--on-host", "1"], "--on-device, --on-host, --cache-folder: got it, but joint generation has no KV cache; "),
         (["--window", "2"], "--window: got 2, but joint generation makes all shots at once; leave it out"),
         (["--window", "0"], "Invalid value for '--window': 0 is not in the range 1<=x"),
         (["--fps", "0"], "Invalid value for '--fps': 0.0 is not in the range 0.01<=x<=1000."),

@@ -13,10 +13,13 @@ from toys import Toy, ToyBackbone
 from lct_backbones.mmdit import MMDiT, tiny
 from lct_core import Shot, ShotInput, registry, retrofit
 from lct_core.cache import Budget, KVCache
-from lct_core.cost import Cost, Live, Meter, Throughput, example, fitted, measure, passes, plan, takes_of
+from lct_core.cost import Cost, Live, Meter, Throughput, example, fitted, measure, passes, plan, takes_of, throughput
+from lct_core.experts import Experts
 from lct_core.generation import Guidance
 from lct_core.generation.director import Director
 from lct_core.generation.takes import Take
+from lct_core.masks import first_frames
+from lct_core.routing import TopK
 
 FIRST = [import_module(f"families.{family}").CASES[0] for family in FAMILIES]
 
@@ -104,7 +107,12 @@ def narrow(**options):
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    "make", [narrow, *(case.model for case in FIRST if str(case).startswith(("wan", "hunyuan_video,")))]
+    "make",
+    [
+        narrow,
+        partial(narrow, batch_shots=True),
+        *(case.model for case in FIRST if str(case).startswith(("wan", "hunyuan_video,"))),
+    ],
 )
 def test_activations_are_those_of_a_run(make):
     model = make()
@@ -125,6 +133,45 @@ def test_activations_are_those_of_a_run(make):
         with Live() as live:
             call()
         assert meter.activations(counts, step) == pytest.approx(live.peak, rel=0.05)
+
+
+@pytest.mark.parametrize("text", ["own", "own_and_global"])
+def test_a_history_that_both_branches_share(text):
+    case = next(case for case in FIRST if str(case).startswith("wan"))
+    model = retrofit(case.model(), text=text)
+    counts, scene = scene_for(model, [case.shots[0]] * 3)
+    if text == "own":  # nobody would see a global one
+        counts, scene = counts[1:], scene[1:]
+    positive = scene[-1].text
+    guidance = Guidance(text=torch.zeros_like(positive), shared_history=True)
+    director = Director(model, scene, steps=2, guidance=guidance)
+    expected = counted(lambda: direct(director, takes_of("causal", counts)))
+    found = plan(model, counts, steps=2, negative=counts, shared_history=True)
+    assert found.cost.total == expected
+    (cache,) = director.caches
+    assert found.cache == cache.bytes_by_tier
+    assert found.peak_cache == cache.peak_nbytes
+    assert found.peak_cache < plan(model, counts, steps=2, negative=counts).peak_cache
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_the_least_budget_is_enough(guided):
+    model = retrofit(tiny())
+    counts, scene = scene_for(model, [Shot(3, (2, 4, 4))] * 5)
+    options = {"negative": counts, "steps": 2} if guided else {"steps": 2}
+    for write in ("pass", "nearest"):
+        budget = Budget(device=plan(model, counts, write=write, **options).least_budget)
+        found = plan(model, counts, write=write, budget=budget, **options)
+        assert found.cache["host"] > 0
+        guidance = Guidance(text=scene[1].text, global_text=scene[0].text) if guided else None
+        director = Director(
+            model, scene, steps=2, write=write, guidance=guidance, new_cache=partial(KVCache, budget=budget)
+        )
+        caches = direct(director, takes_of("causal", counts)).caches
+        near = {entry.id for cache in caches for entry in cache.shots if entry.tier == "device"}
+        assert len(near) <= (1 if write == "pass" else 2)  # what a call, or keys that are held, leave room for
+        held = sum(cache.peak_nbytes for cache in caches)
+        assert held == found.peak_cache if write == "pass" else 0.9 * found.peak_cache < held <= found.peak_cache
 
 
 @pytest.mark.parametrize(
@@ -152,6 +199,28 @@ def test_the_cache_holds_what_was_planned(count, guided, options):
         assert nbytes == pytest.approx(sum(cache.bytes_by_tier[tier] for cache in caches), rel=0.02)
     assert found.peak == found.weights + found.peak_cache + found.activations
     assert sum(take.cost.total for take in found.takes) == found.cost.total
+
+
+@pytest.mark.parametrize("seen", [3, 9])
+def test_there_is_room_for_a_window(seen):
+    """In the plan as in the run, also where takes see more than that."""
+    model = retrofit(tiny())
+    counts, scene = scene_for(model, [Shot(3, (2, 4, 4))] * 9)
+    takes = takes_of("causal", counts, window=seen)
+    found = plan(model, counts, mode=takes, steps=1, window=3)
+    (cache,) = direct(Director(model, scene, steps=1, window=3), takes).caches
+    assert found.peak_cache == cache.peak_nbytes
+    assert (found.peak_cache < plan(model, counts, mode=takes, steps=1).peak_cache) == (seen == 3)
+
+
+def test_keys_are_planned_as_a_run_writes_them():
+    """With their take's pattern."""
+    model = retrofit(tiny())
+    counts, scene = scene_for(model, [Shot(3, (2, 4, 4))] * 4)
+    pattern = partial(first_frames, causal=True)
+    takes = [replace(take, pattern=pattern) for take in takes_of("causal", counts)]
+    expected = counted(lambda: direct(Director(model, scene, steps=1), takes))
+    assert Meter(model).cost(counts, passes(counts, takes, steps=1)).total == expected
 
 
 def test_what_goes_to_files_is_planned_too(tmp_path):
@@ -191,12 +260,13 @@ def test_where_one_term_cannot_be_told_the_rest_is_fitted():
         fitted([], [])
 
 
-def test_a_model_is_measured_and_the_result_kept(tmp_path):
+def test_a_model_is_measured_and_the_result_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(throughput, "_LEAST", 0.0)  # seconds of a pass
     model = retrofit(tiny())
     counts, _ = scene_for(model, [Shot(3, (2, 4, 4))] * 3)
     found = measure(model, counts, rounds=1)
     assert min(found.linear, found.attention) > 0
-    assert found.where.startswith("float32 on cpu")
+    assert found.where.startswith("MMDiT, float32, kernel auto, cpu")
     found.save(tmp_path / "throughput.json")
     assert Throughput.load(tmp_path / "throughput.json") == found
     planned = plan(model, counts, throughput=found)
@@ -224,6 +294,11 @@ SCENE = [Shot(2, (1, 2, 2), "global"), *[Shot(2, (2, 2, 2))] * 2]
         ({"given": (1, 2)}, r"given: got \[1, 2\]"),
         ({"given": (7,)}, r"given: got \[7\]"),
         ({"pattern": "all", "mode": "joint"}, "pattern: got 'all'"),
+        ({"pattern": TopK(1), "mode": "joint"}, "pattern: got a TopK, which chooses from queries and keys"),
+        ({"mode": [Take((1,), pattern=TopK(1))]}, "pattern: got a TopK"),
+        ({"shared_history": True}, "shared_history: got True without negative"),
+        ({"shared_history": True, "negative": SCENE}, "shared_history: got True, but the text of MMDiT"),
+        ({"shared_history": True, "negative": SCENE, "write": "nearest"}, "shared_history: got True|write: got"),
         ({"write": "twice"}, "write: got 'twice'"),
         ({"mode": [Take((9,))]}, r"takes: got shots \[9\]"),
         ({"negative": SCENE[:2]}, "negative: got "),
@@ -239,6 +314,8 @@ def test_what_cannot_be_planned_is_refused(wrong, message):
 def test_models_that_cannot_be_planned_with_are_refused():
     with pytest.raises(ValueError, match="model: got a MMDiT, expected a SceneModel"):
         Meter(tiny())
+    with pytest.raises(ValueError, match=r"model: got a Experts, expected .* of two experts, plan with one"):
+        Meter(Experts(retrofit(tiny()), retrofit(tiny()), boundary=0.5))
     with pytest.raises(ValueError, match=r"scene: got roles \['global'\]"):
         plan(retrofit(tiny()), SCENE[:1])
 

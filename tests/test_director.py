@@ -32,6 +32,8 @@ from toys import CROSS, toy
 
 from lct_core import Experts, Extra, KVCache, Shot, retrofit, selected_history
 from lct_core.generation import Director, Guidance, Take, causal, schedule, start_scene
+from lct_core.masks import context_causal, first_frames
+from lct_core.routing import TopK
 from lct_core.script import Script, ScriptShot
 from lct_core.testing.definition import definition
 from lct_core.testing.tolerances import error
@@ -272,7 +274,7 @@ def test_a_shot_kept_again_as_it_is_gives_the_same():
 
 
 def test_shots_made_together_depend_on_one_another():
-    for pattern, stale in (("bidirectional", (0, 2)), ("context_causal", (2,))):
+    for pattern, stale in (("bidirectional", (0, 2)), ("context_causal", (2,)), (context_causal, (2,))):
         director = Director(scene_model(), draw(*SMALL[:3], with_global=False), steps=1)
         made(director, 0, 1, cached=False, pattern=pattern)
         made(director, 2, history=(1,))
@@ -329,19 +331,20 @@ def test_keys_that_one_branch_lacks_are_written_again():
     assert torch.equal(broken.shoot(Take((2,)))[2], whole.shoot(Take((2,)))[2])
 
 
-def test_keys_are_written_as_the_shot_was_made():
-    """With its take's pattern: the same as all in one row."""
+def one_before(layout):
+    """Every shot sees the one before it."""
+    return selected_history(layout, [[i - 1] if i else [] for i in range(layout.num_shots)])
 
-    def alone(layout):
-        """Every shot sees the one before it."""
-        return selected_history(layout, [[i - 1] if i else [] for i in range(layout.num_shots)])
 
+@pytest.mark.parametrize("pattern", [one_before, partial(first_frames, causal=True), TopK(1, chunk=1)])
+def test_keys_are_written_as_the_shot_was_made(pattern):
+    """With its take's pattern, be it sparse or routed by data: the same as all in one row."""
     scene = draw(*SMALL[:4], with_global=False)
     cached, again = (Director(scene_model(), scene, steps=1, t_c=0) for _ in range(2))
     for director in (cached, again):
         director.give(0, clean(scene, 0)[0])
         for i in (1, 2, 3):
-            made(director, i, history=tuple(range(i)), cached=director is cached, pattern=alone)
+            made(director, i, history=tuple(range(i)), cached=director is cached, pattern=pattern)
     assert worst(list(cached.done.values()), list(again.done.values())) <= 3 * FLOAT32["cached"].absolute
     full = cached.shoot(Take((3,), (0, 1, 2)))
     assert error(full[3], cached.done[3]) > 1e-3
@@ -372,6 +375,22 @@ def test_a_revised_shot_is_history_as_it_was_made():
         director.revise(0, replace(scene[0], text=random(2, 5, 16, seed=8)))
     assert torch.equal(one.shoot(Take((1,)))[1], other.shoot(Take((1,)))[1])
     assert error(one.shoot(Take((0,)))[0], one.done[0]) > 1e-3
+
+
+def test_a_revised_shot_that_is_kept_as_it_is_keeps_its_prompt():
+    """Its keys are those of what was made; another take of it has the new prompt."""
+    scene = draw(*SMALL[:3], with_global=False)
+    one, other = (Director(scene_model(), scene, steps=1) for _ in range(2))
+    for director in (one, other):
+        made(director, 0)
+        made(director, 1)
+    one.revise(1, replace(scene[1], text=random(2, 5, 16, seed=8)))
+    for director in (one, other):
+        director.keep({1: director.done[1]}, Take((1,), ()))
+    take = Take((2,), (1,))
+    assert torch.equal(one.shoot(take)[2], other.shoot(take)[2])
+    one.keep({1: one.done[1].clone()}, Take((1,), ()))
+    assert error(one.shoot(take)[2], other.shoot(take)[2]) > 1e-3
 
 
 def test_a_shot_after_the_last():
@@ -452,6 +471,13 @@ def test_history_is_the_window_of_nine_by_default(cached):
     take = Take((9,), cached=cached)
     assert director.seen(take) == tuple(range(1, 9))
     assert torch.equal(director.shoot(take)[9], director.shoot(replace(take, history=tuple(range(1, 9))))[9])
+    director.discard(8)
+    assert director.seen(replace(take, shots=(8, 9))) == tuple(range(1, 8))  # with both of them, nine
+    narrow = Director(scene_model(), scene, window=2)
+    narrow.give(0, clean(scene, 0)[0])
+    assert [narrow.seen(replace(take, shots=shots)) for shots in ((1,), (1, 2), (1, 2, 3))] == [(0,), (), ()]
+    with pytest.raises(ValueError, match=r"^window: got 0, expected at least 1"):
+        Director(scene_model(), scene, window=0)
 
 
 @pytest.mark.parametrize(
@@ -505,8 +531,9 @@ def test_refuses_a_history_that_is_not_seen():
     scene = draw(*SMALL[:3], with_global=False)
     director = Director(scene_model(), scene, steps=1)
     director.give(2, clean(scene, 2)[2])
-    with pytest.raises(ValueError, match=r"^history: shot 2 comes after shot 1, which would not see it"):
-        director.shoot(Take((1,), (2,), cached=False))
+    for pattern in ("context_causal", context_causal):
+        with pytest.raises(ValueError, match=r"^history: shot 2 comes after shot 1, which would not see it"):
+            director.shoot(Take((1,), (2,), cached=False, pattern=pattern))
     director.shoot(Take((1,), (2,)))  # in the cache it comes first
 
 
@@ -604,18 +631,26 @@ def test_the_keys_of_a_take_that_is_not_kept_are_forgotten():
     for director in (passes, nearest):
         director.keep(director.shoot(Take((2,), (1,))), Take((2,), (1,)), t_c=900)  # to which another step is nearest
     assert torch.equal(passes.shoot(take)[3], nearest.shoot(take)[3])
+    for director in (passes, nearest):
+        director.keep(director.shoot(Take((2,), (0,))), Take((2,), (1,)))  # as if it had been made from another
+    assert torch.equal(passes.shoot(take)[3], nearest.shoot(take)[3])
     for change in (
         lambda director: director.give(0, clean(scene, 0)[0]),
         lambda director: director.keep({0: director.done[0]}, Take((0,))),
         lambda director: (director.discard(0), director.give(0, clean(scene, 0)[0])),
+        lambda director: director.revise(2, replace(scene[2], text=random(2, 5, 16, seed=8))),
     ):
         for director in (passes, nearest):
             results = director.shoot(Take((2,), (0,)))
-            change(director)  # what is seen
+            change(director)  # what is seen, or what it is
             director.keep(results, Take((2,), (0,)))
             director.keep({1: director.done[1]}, Take((1,), (0,)))
         assert torch.equal(passes.shoot(take)[3], nearest.shoot(take)[3])
-    fork = nearest.fork()
+    results = [director.shoot(Take((2,), (1,))) for director in (passes, nearest)]
+    fork = nearest.fork()  # which leaves them behind
+    for director, result in zip((passes, fork), results, strict=True):
+        director.keep(result, Take((2,), (1,)))
+    assert torch.equal(passes.shoot(take)[3], fork.shoot(take)[3])
     for director in (passes, fork):
         made(director, 2, history=(1,), cached=False)  # without a cache
     assert torch.equal(passes.shoot(take)[3], fork.shoot(take)[3])

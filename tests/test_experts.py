@@ -1,12 +1,14 @@
 """Two experts for high and low noise levels: which of them runs, and that their histories stay apart."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 
 from lct_backbones.mmdit import tiny
 from lct_core import ExpertCache, Experts, KVCache, Layout, Shot, ShotInput, retrofit
+from lct_core.cache import Budget
 from lct_core.generation import Guidance, autoregressive, causal, joint
 from lct_core.testing.tolerances import BOUNDS, error
 
@@ -155,6 +157,47 @@ def test_what_a_cache_offers_is_done_to_both(experts, tmp_path):
     assert (fork.high.ids, fork.low.ids, cache.ids) == ((2,), (2,), (1, 2))
     with pytest.raises(ValueError, match=r"holds \['high', 'low'\], expected \['history'\]"):
         KVCache.load(tmp_path, experts.high)
+
+
+@pytest.mark.parametrize("refusing", ["high", "low"])
+@torch.no_grad()
+def test_what_one_cannot_do_is_done_to_neither(experts, refusing):
+    cache = ExpertCache()
+
+    def write(i):
+        experts([SCENE[i]], torch.tensor([0.1]), pattern="context_causal", cache=cache, denoised=())
+
+    for i in (1, 2):
+        write(i)
+        cache.append(i)
+    one = getattr(cache, refusing)
+    budget, none = one._own.budget, Budget(device=0)
+    refused = [
+        partial(cache.append, 3),
+        cache.hold,
+        partial(cache.select, [2]),
+        partial(cache.reorder, [2, 1]),
+        partial(cache.reposition, [5, 50]),
+        partial(cache.drop, 1),
+        partial(cache.pin, 1),
+        partial(cache.unpin, 2),
+        partial(cache.move, 1, tier="host"),
+    ]
+    for change in refused:
+        write(3)
+        one._own.budget, before = none, [(each.held, each.nbytes) for each in (cache.high, cache.low)]
+        with pytest.raises(ValueError, match=r"^budget: "):
+            change()
+        one._own.budget = budget
+        assert [(each.held, each.nbytes) for each in (cache.high, cache.low)] == before
+    cache.append(3)  # it is to be had still
+    assert cache.high.ids == cache.low.ids == (1, 2, 3)
+    plain = KVCache()
+    for i in (1, 2, 3):
+        experts.high([SCENE[i]], torch.tensor([0.1]), pattern="context_causal", cache=plain)
+        plain.append(i)
+    t = torch.tensor([0.9])
+    assert same(experts([SCENE[1]], t, cache=cache), experts.high([SCENE[1]], t, cache=plain))
 
 
 def test_refusals(experts):

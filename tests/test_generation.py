@@ -14,7 +14,7 @@ from toys import CROSS, toy
 
 from lct_backbones.mmdit import tiny
 from lct_core import Extra, KVCache, Shot, ShotInput, generation, retrofit, selected_history, shot_noise
-from lct_core.cache import kv_cache
+from lct_core.cache import arrangement, kv_cache
 from lct_core.codec import Codec, LinearCodec
 from lct_core.generation import (
     Guidance,
@@ -31,6 +31,7 @@ from lct_core.generation import (
 )
 from lct_core.generation.common import history_noise
 from lct_core.generation.history import choose
+from lct_core.masks import context_causal
 from lct_core.noise import keyed_generator
 from lct_core.script import Script, ScriptShot
 from lct_core.testing.definition import definition
@@ -528,9 +529,9 @@ def test_refuses_a_history_with_a_shot_twice(mode):
         MODES[mode](scene_model(), scene, steps=1, history=lambda shot, before: [*before, *before])
 
 
-@pytest.mark.parametrize("window", [0, -1])
+@pytest.mark.parametrize("window", [0, -1, "9"])
 def test_refuses_an_empty_window(window):
-    with pytest.raises(ValueError, match=rf"^window: got {window}, expected at least 1, the current shot"):
+    with pytest.raises(ValueError, match=rf"^window: got {window!r}, expected at least 1, the current shot"):
         recent(window)
 
 
@@ -674,7 +675,7 @@ def test_levels_are_float32_whatever_the_default_dtype(mode, dtype):
 
 @drawn(data=st.data())
 def test_any_scene_by_its_definition(data):
-    counts = data.draw(st.lists(shots(max_text=3, max_grid=(2, 2, 2)), min_size=1, max_size=4))
+    counts = data.draw(st.lists(shots(max_text=3, max_grid=(2, 2, 2)), min_size=1, max_size=3))
     with_global, scheme = data.draw(st.booleans()), data.draw(st.sampled_from(SCHEMES))
     scene = draw(*counts, with_global=with_global, batch=data.draw(st.integers(1, 2)), seed=len(counts))
     every = list(range(with_global, len(scene)))
@@ -1047,13 +1048,37 @@ def test_causal_runs_one_shot_at_a_time_and_its_history_once(with_global):
 def test_causal_makes_room_once(monkeypatch, guided, with_global):
     """For all shots at the first call of each branch, whose texts are longer in the negative one."""
     rooms, make = [], kv_cache.empty
-    monkeypatch.setattr(kv_cache, "empty", lambda size, tokens, at: (rooms.append(tokens), make(size, tokens, at))[1])
+    for module in (kv_cache, arrangement):
+        monkeypatch.setattr(module, "empty", lambda size, tokens, at: (rooms.append(tokens), make(size, tokens, at))[1])
     scene, watched = draw(*FOUR, with_global=with_global), Watched(scene_model())
     guidance = negatives() if guided else None
     causal(watched, scene, steps=1, guidance=guidance and guide(*guidance))
     video = sum(shot.video for shot in FOUR) + with_global * 6
     tokens = [video + with_global * 4 + sum(shot.text for shot in FOUR), video + with_global * 7 + 4 * 6]
     assert rooms == [n for n in tokens[: 1 + guided] for _ in watched.adapter.blocks]
+
+
+@pytest.mark.parametrize(("history", "window"), [(None, 9), (recent(3), 3), (recent(20), 11)])
+@pytest.mark.parametrize("text", ["joint", "cross"])
+def test_causal_makes_room_for_what_is_seen(text, history, window):
+    """From the first call on for as many shots as the window holds, not for the whole scene."""
+    held, model = [], scene_model() if text == "joint" else cross_attending("own")
+    options = {"batch": 1, "generator": torch.Generator(), "dtype": torch.float32}
+    scene = [model.adapter.example(Shot(1, (1, 1, 1)), **options)] * 11
+
+    class Weighed(Watched):
+        def __call__(self, *args, cache, **options):
+            outputs = super().__call__(*args, cache=cache, **options)
+            held.append(cache.nbytes)
+            return outputs
+
+    weighed = Weighed(model)
+    with torch.no_grad():
+        weighed(scene[:1], torch.zeros(1), cache=KVCache())
+    causal(weighed, scene, steps=1, history=history)
+    one, first, *_ = held
+    assert first == window * one
+    assert max(held) <= 1.5 * first + (11 - window) * one  # keys of moved shots as they were written; shots unseen
 
 
 def test_a_dummy_video_of_ones_own():
@@ -1190,12 +1215,13 @@ def test_refuses_given_shots_that_are_not_there(mode, place):
 def test_refuses_given_shots_after_one_that_would_not_see_them(mode, with_global, places, last, first):
     scene = draw(*FOUR, with_global=with_global)
     given = clean(scene, *[i + with_global for i in places])
-    options = {"pattern": "context_causal"} if mode == "conditional" else {}
+    patterns = ["context_causal", context_causal] if mode == "conditional" else [None]
     message = (
         rf"^given: shot {last + with_global} comes after shot {first + with_global}, which is to be generated and "
         "would not see it; put given shots first, or .* conditional, with a bidirectional model"
     )
-    refused(mode, scene, given, message, **options)
+    for pattern in patterns:
+        refused(mode, scene, given, message, **({"pattern": pattern} if pattern else {}))
 
 
 @conditioned

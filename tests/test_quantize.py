@@ -114,6 +114,9 @@ def test_a_gpu_rounds_as_a_cpu_does(format, dtype):
     assert torch.equal(there.scales.cpu(), here.scales)
     assert torch.equal(there.values.view(torch.int8).cpu(), here.values.view(torch.int8))
     assert torch.equal(there.dequantize().cpu(), here.dequantize())
+    assert torch.equal(
+        here.dequantize(torch.empty_like(x, device="cuda")).cpu(), here.dequantize()
+    )  # brought in pieces
     assert relative_error(x.cuda(), there) == relative_error(x, here)
 
 

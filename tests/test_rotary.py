@@ -208,7 +208,7 @@ def test_a_fused_pass_with_a_cache_changes_no_bit(make, autocast):
             outputs.append(model(scene[:2], t[:2], cache=cache))
             cache.append(0, 1)
             outputs[-1] += model(scene[2:], t[2:3], cache=cache)
-        stored.append([x for site in cache._sites.values() for x in (site.row.k, site.row.v)])
+        stored.append([x for site in cache._own.sites.values() for x in (site.row.k, site.row.v)])
     assert same(*outputs)
     assert same(*stored)
     assert {x.dtype for x in stored[0]} == {torch.bfloat16 if autocast else torch.float32}
@@ -241,7 +241,7 @@ def test_keys_are_rotated_in_their_slot_of_the_cache():
     cache.append(0)
     places.clear()
     model(scene[1:], levels_of()[1:3], cache=cache)
-    slots = {site.row.k.untyped_storage().data_ptr() for site in cache._sites.values()}
+    slots = {site.row.k.untyped_storage().data_ptr() for site in cache._own.sites.values()}
     assert len(slots) == len(adapter.blocks)
     keys = [out for out in places if out.untyped_storage().data_ptr() in slots]
     assert len(keys) == len(places) // 2 == len(adapter.blocks) * 2  # two shots; the other half are queries

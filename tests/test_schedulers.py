@@ -9,7 +9,7 @@ from test_generation import MODES, SHOT_AFTER_SHOT, Watched, case, draw, guide, 
 from lct_backbones.mmdit import tiny
 from lct_core import Shot, retrofit
 from lct_core.generation import Director, Take, euler, joint, schedule
-from lct_core.generation.schedulers import call_levels, denoise
+from lct_core.generation.schedulers import _arrives, call_levels, denoise
 from lct_core.noise import RectifiedFlow, VariancePreserving
 from lct_core.testing.tolerances import error
 
@@ -161,6 +161,19 @@ def test_a_fine_scene_and_a_half_precision_model():
     assert not torch.equal(got, got.bfloat16().float())
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("scheduler", ["FlowMatchEulerDiscreteScheduler", "UniPCMultistepScheduler"])
+def test_a_scheduler_that_was_set_up_on_a_gpu(scheduler):
+    made = getattr(diffusers, scheduler)(**(FLOW if scheduler.startswith("Uni") else {}))
+    made.set_timesteps(4, device="cuda")
+    (shot,) = draw(SHOT, with_global=False)
+    on_gpu = type(shot)(latents=shot.latents.cuda(), text=shot.text.cuda())
+    (got,) = joint(retrofit(tiny().cuda()), [on_gpu], steps=made)
+    (expected,) = joint(retrofit(tiny()), [shot], steps=ready(scheduler, **made.config))
+    assert error(got.cpu(), expected) < 1e-3
+
+
 class Flow:
     """A scheduler that is not of diffusers."""
 
@@ -169,6 +182,20 @@ class Flow:
 
     def step(self, model_output, timestep, sample, *, return_dict):
         return (sample - 0.5 * model_output,)
+
+
+def test_a_scheduler_is_asked_where_its_own_numbers_are():
+    """Before it is used: torch mixes no numbers of two devices."""
+
+    class Elsewhere(Flow):
+        timesteps = Flow.timesteps.to("meta")
+
+        def step(self, model_output, timestep, sample, *, return_dict):
+            assert sample.device == model_output.device == timestep.device
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        _arrives(Elsewhere(), [1.0, 0.5])
 
 
 def test_anything_that_steps_like_one():

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import lct_core as lct
+import lct_core.cli.tuned
 from lct_core import generation
 from lct_core.cache import Budget
 from lct_core.codec import LinearCodec
@@ -187,6 +188,26 @@ def test_what_is_to_be_seen(tmp_path):
         session.scene(folder)
 
 
+def test_a_full_disk_leaves_no_half_pictures(tmp_path, monkeypatch):
+    session = create(tmp_path / "s", steps=1)
+    kept(session)
+    session.scene()
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    before = {path.name for path in (tmp_path / "s").iterdir()}
+    monkeypatch.setattr(lct_core.cli.tuned, "write_views", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        session.scene()
+    assert {path.name for path in (tmp_path / "s").iterdir()} == before
+    assert len(read_scene(tmp_path / "s" / "scene").shots) == 1
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"\.mp4: can't be written \(No space left on device\); all takes are whole"):
+        session.look()
+    assert [path.name for path in (tmp_path / "s" / "takes" / "0001").iterdir()] == ["latents.safetensors"]
+
+
 # --- histories, undo, branches ---
 
 
@@ -287,8 +308,10 @@ def test_the_chosen_history_is_for_takes_until_one_is_kept(tmp_path):
     session.history(None)
     assert session.generate().history == (1, 2)
     session.history([])
-    assert reopen(session).generate().history == ()
     session = reopen(session)
+    assert session.chosen == ()
+    assert session.generate().history == ()
+    assert session.generate(history="recent").history == (1, 2)
     session.keep()
     assert session.generate(prompt="A wall.").history == (1, 2, 3)
 
@@ -443,8 +466,11 @@ def test_quantised_keys_and_a_budget(tmp_path):
     near, far = made(plain, plain.present)[0], made(int8, int8.present)[0]
     assert not torch.equal(near, far)
     assert (near - far).abs().max() < 0.05 * near.abs().max()
-    small = reopen(plain, budget=Budget(device=40_000, host=0, folder=tmp_path / "tiers"))
+    small = reopen(plain, budget=Budget(device=17_000, host=0, folder=tmp_path / "tiers"))
     assert torch.equal(made(small, small.generate())[0], near)
+    own = reopen(plain, budget=Budget(device=17_000, host=0))  # its files go with the session's
+    assert torch.equal(made(own, own.generate())[0], near)
+    assert max(cache.bytes_by_tier["disk"] for cache in own._live._director.caches) > 0
     again = reopen(int8)
     assert torch.equal(made(again, again.generate())[0], far)
 
@@ -606,9 +632,9 @@ def test_a_damaged_cache_says_how_to_go_on(tmp_path):
     kept(session)
     take = session.generate()
     session.save()
-    for file in (tmp_path / "s" / "cache" / "0").glob("*.safetensors"):
+    for file in (tmp_path / "s" / "cache" / "positive").glob("*.safetensors"):
         file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(ValueError, match=r"or remove .*cache: what it holds is then made again"):
+    with pytest.raises(ValueError, match=r"if its files are damaged, remove .*cache: what it held is made again"):
         reopen(session).generate()
     os.rename(tmp_path / "s" / "cache", tmp_path / "away")
     session = reopen(session)
@@ -623,6 +649,16 @@ def test_two_at_once_do_not_undo_each_other(tmp_path):
         with pytest.raises(ValueError, match=r"session.json: written by another session since this one was opened"):
             call()
     assert reopen(one).kept == {1: 1}
+
+
+def test_a_take_that_ends_later_does_not_overwrite_anothers(tmp_path):
+    """Two make take 1 at the same time, of different noise."""
+    one = create(tmp_path / "s")
+    two = reopen(one)
+    with pytest.raises(ValueError, match=r"session.json: written by another session since this one was opened"):
+        two.generate(seed=1, callback=lambda step: one.present or one.generate())
+    again = reopen(one)
+    assert same(made(again, again.present), made(one, one.generate()))
 
 
 @pytest.mark.parametrize(
@@ -674,8 +710,13 @@ def test_a_session_that_can_not_be_is_refused_before_anything_is_written(tmp_pat
 
 def test_a_folder_with_a_session_is_left_alone(tmp_path):
     create(tmp_path / "s")
-    with pytest.raises(FileExistsError, match="already holds a session; open it"):
+    with pytest.raises(FileExistsError, match="already holds a session; go on with that"):
         create(tmp_path / "s")
+    for name in ("takes", "cache", "scene"):
+        (tmp_path / name / name).mkdir(parents=True)
+        with pytest.raises(FileExistsError, match=f"{name}/{name}: is there without a session.json"):
+            create(tmp_path / name)
+        assert [path.name for path in (tmp_path / name).iterdir()] == [name]
     empty = create(tmp_path / "t")
     for name in ("keep", "redo", "look"):
         with pytest.raises(ValueError, match=f"{name}: there is no take"):

@@ -40,7 +40,7 @@ class Budget:
         policy: Which shots are kept near: those it names last go first.
 
     Raises:
-        ValueError: for a number of bytes that is negative or no int.
+        ValueError: for a number of bytes that is negative or no int, and a policy that is no function.
     """
 
     device: int | None = None
@@ -53,6 +53,8 @@ class Budget:
             nbytes = getattr(self, name)
             if nbytes is not None and (not isinstance(nbytes, int) or isinstance(nbytes, bool) or nbytes < 0):
                 raise ValueError(f"{name}: got {nbytes!r}, expected a number of bytes, 0 or more, or None for no limit")
+        if not callable(self.policy):
+            raise ValueError(f"policy: got {self.policy!r}, expected a function of the shots, such as recency")
         if self.folder is not None:
             object.__setattr__(self, "folder", Path(self.folder))
 

@@ -24,6 +24,21 @@ _NAMES = {
 _AGAIN = "restore it from a copy, or write it again"
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder, and those that it is in, where there is none.
+
+    Raises:
+        NotADirectoryError: where there is a file of that name.
+        OSError: where it can't be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise NotADirectoryError(
+            errno.ENOTDIR, f"{path}: there is a file in the place of a folder; use another folder, or move the file"
+        ) from error
+
+
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> str:
     """Write tensors to a safetensors file, in place of an older one only when all is on the disk.
 

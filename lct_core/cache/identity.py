@@ -1,7 +1,7 @@
 """Which model wrote a saved cache: another one's keys and values mean something else."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -110,8 +110,16 @@ def _angles(model: "SceneModel") -> list[float]:
     return step.double().flatten().tolist()
 
 
-def _close(then: Any, now: Any) -> bool:
-    """Whether angles are the same but for what devices make of the last bits."""
+def same_angles(then: Tensor | None, now: Tensor | None) -> bool:
+    """Whether angles are the same but for what devices make of the last bits; those on ``meta`` are any."""
+    if then is None or now is None:
+        return then is now
+    if then.is_meta or now.is_meta:
+        return True
+    return _close(*(x.double().flatten().tolist() for x in (then, now)))
+
+
+def _close(then: Sequence[float], now: Sequence[float]) -> bool:
     most = _ANGLES * max(map(abs, now), default=0.0)
     return len(then) == len(now) and all(abs(a - b) <= most for a, b in zip(then, now, strict=True))
 

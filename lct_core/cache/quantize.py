@@ -40,7 +40,8 @@ class Quantized(NamedTuple):
         """The tensor again: values times scales in float32, rounded once to its dtype.
 
         Args:
-            out: Where to write it, such as a part of a longer row (default: a new tensor).
+            out: Where to write it, such as a part of a longer row (default: a new tensor). Where it is on another
+                device, some thousand tokens are brought there at a time, still in 8 bits.
 
         Raises:
             ValueError: for an ``out`` of another shape or dtype.
@@ -50,7 +51,7 @@ class Quantized(NamedTuple):
         if (out.shape, out.dtype) != (self.values.shape, self.dtype):
             expected = f"{describe(self.values)} in {self.dtype}"
             raise ValueError(f"out: got {describe(out)} in {out.dtype}, expected {expected}")
-        for tokens, x in self._pieces():
+        for tokens, x in self._pieces(out.device):
             out[:, tokens.slice] = x
         return out
 
@@ -66,10 +67,11 @@ class Quantized(NamedTuple):
     def __reduce__(self) -> tuple[Any, ...]:  # float8 tensors can't be pickled by themselves
         return _as, (self.values.view(torch.int8), self.values.dtype, self.scales, self.dtype)
 
-    def _pieces(self) -> Iterator[tuple[Range, Tensor]]:
+    def _pieces(self, device: torch.device) -> Iterator[tuple[Range, Tensor]]:
+        scales = self.scales.to(device, non_blocking=True)
         for tokens, blocks, size in _pieces(self.values.shape[1]):
-            x = self.values[:, tokens.slice].float()
-            x.unflatten(1, (-1, size)).mul_(self.scales[:, blocks.slice, None, :, None])
+            x = self.values[:, tokens.slice].to(device, non_blocking=True).float()
+            x.unflatten(1, (-1, size)).mul_(scales[:, blocks.slice, None, :, None])
             yield tokens, x
 
 
@@ -120,7 +122,7 @@ def quantize(x: Float[Tensor, "batch tokens heads head_dim"], format: Format) ->
 def relative_error(x: Float[Tensor, "batch tokens heads head_dim"], quantized: Quantized) -> float:
     """The largest difference from x over its largest magnitude, in float64; 0 for a tensor of nothing."""
     worst = largest = torch.zeros((), dtype=torch.float64, device=x.device)
-    for tokens, rounded in quantized._pieces():
+    for tokens, rounded in quantized._pieces(x.device):
         exact = x[:, tokens.slice].double()
         worst = torch.maximum(worst, (exact - rounded.to(x.dtype).double()).abs().amax())
         largest = torch.maximum(largest, exact.abs().amax())

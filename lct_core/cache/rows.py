@@ -73,6 +73,17 @@ class Site:
     staged: tuple[Tensor, Tensor] | None = None
     written: int = 0
 
+    @property
+    def current(self) -> tuple[Tensor, Tensor]:
+        """What the present call has written here."""
+        if self.staged is not None:
+            return self.staged
+        if self.row is None:
+            return empty(self.size, 0, self.device)
+        start = sum(segment.tokens for segment in self.standing)
+        here = slice(start, start + self.written)
+        return self.row.k[:, here], self.row.v[:, here]
+
 
 def fill(out: Tensor, x: Tensor | RowParts) -> None:
     """Write current keys or values to their place; keys that are still to be rotated are rotated right there."""

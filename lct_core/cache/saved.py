@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lct_core.cache.budget import Budget, SiteSize
-from lct_core.cache.files import read_json, write_json
+from lct_core.cache.files import make_folder, read_json, write_json
+from lct_core.cache.holdings import Holdings, Kept
 from lct_core.cache.identity import check_identity, identify
-from lct_core.cache.kv_cache import KVCache, _Kept
+from lct_core.cache.kv_cache import KVCache
 from lct_core.cache.rows import Site
 from lct_core.cache.shots import CachedShot
-from lct_core.cache.tiers import ShotFile, keep_file, release_file, write_shot
+from lct_core.cache.tiers import ShotFile, keep_file, release_file, shot_files, write_shot
 from lct_core.layout import Shot
 
 if TYPE_CHECKING:  # they import the cache
@@ -34,10 +35,9 @@ def save(caches: Mapping[str, KVCache], folder: Path, models: Mapping[str, "Scen
     """
     folder = folder.absolute()
     for cache in caches.values():
-        _check_ids(cache)
+        _check_ids(cache._own)
     identities = {name: identify(model) for name, model in models.items()}
-    files = {name: _files(cache, folder) for name, cache in caches.items()}
-    before = _named(folder)
+    files = {name: _files(cache._own, folder) for name, cache in caches.items()}
     content = {
         "format": FORMAT,
         "version": VERSION,
@@ -47,9 +47,9 @@ def save(caches: Mapping[str, KVCache], folder: Path, models: Mapping[str, "Scen
     for name, cache in caches.items():
         for i, file in files[name].items():
             keep_file(file.path)
-            cache._kept[i].files[folder] = file
-    for path in before - {file.path for each in files.values() for file in each.values()}:
-        release_file(path)
+            cache._own.kept[i].files[folder] = file
+    for path in shot_files(folder) - {file.path for each in files.values() for file in each.values()}:
+        release_file(path)  # of what was saved before, or of a save that was cut short
 
 
 def load(
@@ -64,6 +64,7 @@ def load(
         budget: Of each.
     """
     folder = folder.absolute()
+    device = torch.empty(0, device=device).device  # "cuda" is the present one, by its number
     content = read_json(folder / INDEX)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f"folder: {folder / INDEX} is not that of a saved KV cache")
@@ -83,41 +84,33 @@ def load(
     return {name: _restored(told[name], folder, device, budget) for name in models}
 
 
-def _files(cache: KVCache, folder: Path) -> dict[Hashable, ShotFile]:
+def _files(own: Holdings, folder: Path) -> dict[Hashable, ShotFile]:
     """Every shot's file in a folder; written where there is none."""
+    make_folder(folder)
     files = {}
-    for i, kept in cache._kept.items():
+    for i, kept in own.kept.items():
         file = kept.files.get(folder)
         if file is None or not file.path.is_file():
-            file = write_shot(folder, i, {key: cache._original(kept, key) for key in cache._sites})
+            file = write_shot(folder, i, {key: own.original(kept, key) for key in own.sites})
         files[i] = file
-    folder.mkdir(parents=True, exist_ok=True)
     return files
-
-
-def _named(folder: Path) -> set[Path]:
-    """The files that the folder's index names, if it has one that can be read."""
-    try:
-        caches = read_json(folder / INDEX)["caches"]
-        return {folder / shot["file"] for cache in caches.values() for shot in cache["shots"]}
-    except (OSError, ValueError, LookupError, TypeError):
-        return set()
 
 
 def _told(cache: KVCache, files: Mapping[Hashable, ShotFile]) -> dict[str, Any]:
     """What the index says of a cache, as JSON can say it."""
+    own = cache._own
     return {
-        "scheme": cache._scheme,
-        "pairing": cache._pairing,
-        "diagonal": None if cache._diagonal is None else [str(cache._diagonal.dtype), cache._diagonal.tolist()],
-        "branch": cache._branch,
-        "storage": cache._storage,
-        "capacity": cache._capacity,
+        "scheme": own.scheme,
+        "pairing": own.pairing,
+        "diagonal": None if own.diagonal is None else [str(own.diagonal.dtype), own.diagonal.tolist()],
+        "branch": cache.branch,
+        "storage": own.storage,
+        "capacity": own.capacity,
         "sites": [
             [*key, {**size._asdict(), "dtype": str(size.dtype)}]
-            for key, size in ((key, site.size) for key, site in cache._sites.items())
+            for key, size in ((key, site.size) for key, site in own.sites.items())
         ],
-        "history": cache._history,
+        "history": own.history,
         "shots": [
             {
                 **{name: value for name, value in asdict(kept.entry).items() if name not in ("tier", "selected")},
@@ -125,21 +118,22 @@ def _told(cache: KVCache, files: Mapping[Hashable, ShotFile]) -> dict[str, Any]:
                 "file": files[i].path.name,
                 "digest": files[i].digest,
             }
-            for i, kept in cache._kept.items()
+            for i, kept in own.kept.items()
         ],
     }
 
 
 def _restored(told: Mapping[str, Any], folder: Path, device: torch.device, budget: Budget | None) -> KVCache:
     cache = KVCache(capacity=told["capacity"], storage=told["storage"], budget=budget, branch=told["branch"])
-    cache._scheme, cache._pairing = told["scheme"], told["pairing"]
+    own = cache._own
+    own.scheme, own.pairing = told["scheme"], told["pairing"]
     if told["diagonal"] is not None:
         dtype, values = told["diagonal"]
-        cache._diagonal = torch.tensor(values, dtype=_dtype(dtype), device=device)
+        own.diagonal = torch.tensor(values, dtype=_dtype(dtype), device=device)
     for block, name, size in told["sites"]:
         size = SiteSize(**{**size, "channels": tuple(size["channels"]), "dtype": _dtype(size["dtype"])})
-        cache._sites[block, name] = Site(size, device)
-    cache._history = [_id(i) for i in told["history"]]
+        own.sites[block, name] = Site(size, device)
+    own.history = [_id(i) for i in told["history"]]
     for shot in told["shots"]:
         file = ShotFile(folder / shot.pop("file"), shot.pop("digest"), check=True)
         errors = shot.pop("errors")
@@ -149,19 +143,19 @@ def _restored(told: Mapping[str, Any], folder: Path, device: torch.device, budge
             "level": tuple(shot["level"]),
             "saw": tuple(map(_id, shot["saw"])),
         }
-        entry = CachedShot(**shot, tier="disk", selected=shot["id"] in cache._history)
-        _check_file(file, entry, cache)
-        cache._kept[entry.id] = _Kept(entry, file, errors and tuple(errors), {folder: file})
-    cache._resize()
+        entry = CachedShot(**shot, tier="disk", selected=shot["id"] in own.history)
+        _check_file(file, entry, own)
+        own.kept[entry.id] = Kept(entry, file, errors and tuple(errors), {folder: file})
+    own.resize()
     return cache
 
 
-def _check_file(file: ShotFile, entry: CachedShot, cache: KVCache) -> None:
+def _check_file(file: ShotFile, entry: CachedShot, own: Holdings) -> None:
     """Refuse a file of another shot."""
-    for key, site in cache._sites.items():
+    for key, site in own.sites.items():
         size, tokens = site.size, entry.tokens(site.size.space)
         expected = [(size.entries, tokens, size.heads, channels) for channels in size.channels]
-        got = [tuple(getattr(x, "values" if cache._storage != "native" else "data").shape) for x in file.get(key, ())]
+        got = [tuple(getattr(x, "values" if own.storage != "native" else "data").shape) for x in file.get(key, ())]
         if got != expected:
             raise ValueError(
                 f"{file.path}: it holds {got} for block {key[0]}, site {key[1]!r}, expected {expected}; restore it "
@@ -169,8 +163,8 @@ def _check_file(file: ShotFile, entry: CachedShot, cache: KVCache) -> None:
             )
 
 
-def _check_ids(cache: KVCache) -> None:
-    if wrong := [i for i in cache._kept if not _is_plain(i)]:
+def _check_ids(own: Holdings) -> None:
+    if wrong := [i for i in own.kept if not _is_plain(i)]:
         raise ValueError(f"ids: {wrong} can't be saved, expected strings, whole numbers, or tuples of them")
 
 

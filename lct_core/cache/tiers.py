@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from lct_core.cache.files import read_tensors, write_tensors
+from lct_core.cache.files import make_folder, read_tensors, write_tensors
 from lct_core.cache.quantize import Format, Quantized, quantize
 from lct_core.rope import Rotation, rotate_into
 
@@ -70,9 +70,10 @@ def place(x: Stored, out: Tensor, by: Rotation | None = None) -> None:
         out: Where they go. From page-locked memory they come without anyone waiting.
         by: How they are rotated (default: not at all).
     """
+    if out.is_meta:  # where there are no values, nothing need be brought or turned
+        return
     if isinstance(x, Quantized):
-        values, scales = (part.to(out.device, non_blocking=True) for part in (x.values, x.scales))
-        Quantized(values, scales, x.dtype).dequantize(out)
+        x.dequantize(out)
     elif x.device == out.device and by is not None:
         rotate_into(x, by, out)
         return
@@ -123,12 +124,17 @@ def write_shot(folder: Path, id: Hashable, kvs: Mapping[SiteKey, Pair]) -> ShotF
     Raises:
         OSError: where it can't be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     readable = re.sub(r"[^A-Za-z0-9]+", "-", str(id)).strip("-")[:40]
     path = folder / f"{readable or 'shot'}-{secrets.token_hex(6)}.safetensors"
     digest = write_tensors(path, *_named(kvs))
     _scratch.add(path.absolute())
     return ShotFile(path, digest)
+
+
+def shot_files(folder: Path) -> set[Path]:
+    """The files in a folder that :func:`write_shot` has written, or begun to."""
+    return {path for path in folder.absolute().iterdir() if _NAME.fullmatch(path.name)}
 
 
 def keep_file(path: Path) -> None:
@@ -145,6 +151,7 @@ def release_file(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+_NAME = re.compile(r"[A-Za-z0-9-]+-[0-9a-f]{12}\.safetensors(\.partial)?")  # of a shot's file
 _users: Counter[Path] = Counter()  # of files, in this process
 _scratch: set[Path] = set()  # the files that go with their last user
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -25,18 +26,22 @@ class WorkingRows:
     On a GPU the next site's history is brought by a thread, on a stream beside the model's: not before the attention is
     done that last used the row, and that of the next site not before it has come. Elsewhere it is brought when it is
     needed.
+
+    Args:
+        sizes: Bytes of keys and of values in a row of every device.
+        kind: The kind of device that they are for (default: that which they are on; tensors on ``meta`` stand for any).
     """
 
-    def __init__(self, sizes: dict[torch.device, tuple[int, int]] | None = None) -> None:
+    def __init__(self, sizes: dict[torch.device, tuple[int, int]] | None = None, *, kind: str | None = None) -> None:
         self._rows: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
-        self._sizes = sizes or {}
+        self._sizes, self._kind = sizes or {}, kind
         self._turn = 0
         self._ahead: _Brought | None = None
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._thread: ThreadPoolExecutor | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return WorkingRows, (self._sizes,)  # a copy makes rows of its own
+        return partial(WorkingRows, kind=self._kind), (self._sizes,)  # a copy makes rows of its own
 
     @property
     def nbytes(self) -> int:
@@ -46,13 +51,22 @@ class WorkingRows:
     @property
     def wanted(self) -> int:
         """Bytes of the rows that are made when they are needed."""
-        return sum(rows_at_once(device) * sum(nbytes) for device, nbytes in self._sizes.items())
+        return self.nbytes_of(self._sizes)
+
+    def nbytes_of(self, sizes: dict[torch.device, tuple[int, int]]) -> int:
+        """Bytes of all rows of such sizes."""
+        return sum(self._at_once(device) * sum(nbytes) for device, nbytes in sizes.items())
 
     def resize(self, sizes: dict[torch.device, tuple[int, int]]) -> None:
         """Give up what was brought ahead, and rows of another size: so many bytes of keys and of values."""
         self._settle()
         self._sizes = sizes
         self._rows = {device: rows for device, rows in self._rows.items() if self._fits(device, rows)}
+
+    def release(self) -> None:
+        """Give up the rows there are, until they are needed again."""
+        self._settle()
+        self._rows = {}
 
     def history(self, key: SiteKey, site: Site, tokens: int, bring: Bring) -> tuple[Tensor, Tensor]:
         """A row of so many tokens that begins with a site's history."""
@@ -65,7 +79,7 @@ class WorkingRows:
 
     def ahead(self, key: SiteKey, site: Site, tokens: int, bring: Bring) -> None:
         """Begin to bring the history of the site that comes next."""
-        if rows_at_once(site.device) > 1:
+        if site.device.type == "cuda":
             self._ahead = self._brought(key, site, tokens, bring)
 
     def _settle(self) -> None:
@@ -78,7 +92,7 @@ class WorkingRows:
     def _brought(self, key: SiteKey, site: Site, tokens: int, bring: Bring) -> "_Brought":
         device = site.device
         if device not in self._rows:
-            self._rows[device] = [self._made(device) for _ in range(rows_at_once(device))]
+            self._rows[device] = [self._made(device) for _ in range(self._at_once(device))]
         self._turn = (self._turn + 1) % len(self._rows[device])
         row = _view(self._rows[device][self._turn], site.size, tokens)
         if device.type != "cuda":
@@ -99,6 +113,9 @@ class WorkingRows:
 
         self._thread = self._thread or ThreadPoolExecutor(1, "lct-cache")
         return _Brought(key, row, self._thread.submit(work))
+
+    def _at_once(self, device: torch.device) -> int:
+        return rows_at_once(device if self._kind is None else torch.device(self._kind))
 
     def _made(self, device: torch.device) -> tuple[Tensor, Tensor]:
         with torch.inference_mode(False):

@@ -1,7 +1,8 @@
 """``lct generate``: a scene from a script and a model that ``lct tune`` made."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,8 +12,22 @@ from torch import Tensor
 
 from lct_core import generation
 from lct_core.backbone import ShotInput
+from lct_core.cache import Budget, KVCache, Storage
 from lct_core.cli.factory import current_folder_on_path, own_code
-from lct_core.cli.options import COUNT, FINITE, FPS, LEVEL, POSITIVE, device, seed, seeded, within_memory
+from lct_core.cli.options import (
+    COUNT,
+    FINITE,
+    FPS,
+    LEVEL,
+    POSITIVE,
+    budget,
+    device,
+    seed,
+    seeded,
+    storage,
+    tiers,
+    within_memory,
+)
 from lct_core.cli.source import ModelCard
 from lct_core.cli.tuned import Size, Tuned, check_free, check_size, parse_size, write_views
 from lct_core.codec import Codec
@@ -22,7 +37,7 @@ from lct_core.scene_model import SceneModel
 from lct_core.script import Script, read_script
 
 _MODES = ("joint", "conditional", "autoregressive", "causal")
-_LESS_MEMORY = "choose a smaller --size or --window, or add --bf16"
+_LESS_MEMORY = "choose a smaller --size or --window, add --bf16, or with --mode causal set --storage or --on-device"
 
 
 class _Given(NamedTuple):
@@ -82,6 +97,8 @@ class _Given(NamedTuple):
 )
 @click.option("--fps", type=FPS, help="Frames per second of the videos.  [default: as in training]")
 @click.option("--bf16", is_flag=True, help="Run the model under bfloat16 autocast.")
+@storage
+@tiers
 @device
 @seed
 def command(
@@ -98,6 +115,10 @@ def command(
     size: str | None,
     fps: float | None,
     bf16: bool,
+    storage: Storage,
+    on_device: float | None,
+    on_host: float | None,
+    cache_folder: Path | None,
     device: torch.device,
     seed: int,
     **numbers: Any,
@@ -118,7 +139,8 @@ def command(
     card, pattern, trained = tuned.card, tuned.pattern, tuned.window
     clips = _clips(given, shots=len(read.shots), reading=card.reading)
     mode = _mode(mode, given=clips, pattern=pattern, checkpoint=checkpoint)
-    _check_used(mode, t_c=t_c, window=window)
+    near = budget(on_device, on_host, cache_folder)
+    _check_used(mode, t_c=t_c, window=window, storage=storage, near=near)
     if mode in ("joint", "conditional") and len(read.shots) > trained:
         click.echo(f"note: {len(read.shots)} shots at once; the model was trained on at most {trained}", err=True)
     with (
@@ -140,6 +162,7 @@ def command(
             "seed": seed,
             "t_c": 100.0 if t_c is None else t_c,
             "window": window or trained,
+            "new_cache": partial(KVCache, storage=storage, budget=near),
         }
         out.mkdir(parents=True, exist_ok=True)  # before hours are spent on what goes there
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
@@ -199,12 +222,15 @@ def _mode(mode: str | None, *, given: Mapping[int, _Given], pattern: str, checkp
     return mode
 
 
-def _check_used(mode: str, *, t_c: float | None, window: int | None) -> None:
+def _check_used(mode: str, *, t_c: float | None, window: int | None, storage: Storage, near: Budget | None) -> None:
     """Refuse what the mode has no use for."""
     if t_c is not None and mode == "joint":
         raise ValueError(f"--t-c: got {t_c:g}, but joint generation has no given and no earlier shots; leave it out")
     if window is not None and mode in ("joint", "conditional"):
         raise ValueError(f"--window: got {window}, but {mode} generation makes all shots at once; leave it out")
+    if mode != "causal" and (storage != "native" or near):
+        option = "--on-device, --on-host, --cache-folder" if near else "--storage"
+        raise ValueError(f"{option}: got it, but {mode} generation has no KV cache; leave it out, or use --mode causal")
 
 
 def _sizes(size: str | None, given: Mapping[int, _Given], card: ModelCard, codec: Codec, *, shots: int) -> list[Size]:
@@ -232,6 +258,7 @@ def _run(
     seed: int,
     steps: int,
     shift: float,
+    new_cache: Callable[..., KVCache],
     **numbers: Any,
 ) -> list[Tensor | None]:
     """The latents of every shot."""
@@ -244,7 +271,8 @@ def _run(
     with Stages(Console(highlight=False)) as progress, progress(f"generate, {mode}", loops * steps) as advance:
         common = {"steps": generation.schedule(steps, shift=shift), "callback": lambda _: advance(), **numbers}
         if mode == "causal":
-            return generation.causal(model, scene, given, history=generation.recent(window), seed=seed, **common)
+            common |= {"history": generation.recent(window), "seed": seed, "new_cache": new_cache}
+            return generation.causal(model, scene, given, **common)
         common["pattern"] = pattern
         if mode == "autoregressive":
             return generation.autoregressive(

@@ -1,23 +1,22 @@
 """``lct kernels``: which attention kernels serve a scene on this machine, and which of them ``kernel="auto"`` takes."""
 
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from pkgutil import resolve_name
 from typing import TYPE_CHECKING, NamedTuple
 
 import click
 import torch
 from click.core import ParameterSource
-from torch import nn
 
-from lct_core.backbone import Backbone, BackboneSpec, KernelRequest
+from lct_core.backbone import Backbone, KernelRequest
 from lct_core.cli import options
-from lct_core.cli.factory import call, current_folder_on_path, load, own_code
+from lct_core.cli.asked import adapter_of, as_taken, refuse, script_layout
+from lct_core.cli.factory import own_code
 from lct_core.cli.inspect import short
 from lct_core.cli.shots import EXAMPLE, parse_shots
-from lct_core.layout import Layout, Shot
+from lct_core.cli.tables import table
+from lct_core.layout import Layout
 from lct_core.masks import AttentionPlan, bidirectional, context_causal, own_and_global_text
 from lct_core.plugins import PluginError, Registry, registry
 from lct_core.script import read_script
@@ -137,16 +136,18 @@ def command(
     from rich.console import Console
 
     with own_code(model):
-        adapter = _adapter(backbone, model)
+        adapter, _ = adapter_of(backbone, model)
         cross = adapter is not None and adapter.traits.text == "cross"
         if script is None:
-            _refuse({"--size": size, "--text": text}, "without --script", "give SHOTs, in tokens")
+            refuse({"--size": size, "--text": text}, "without --script", "give SHOTs, in tokens")
             layout = parse_shots(shots or EXAMPLE, text_first=adapter is None or adapter.traits.text_first)
         else:
-            _refuse({"SHOT": " ".join(shots) or None}, "beside --script", "leave one of the two out")
-            layout = _script_layout(script, size, text, adapter)
+            refuse({"SHOT": " ".join(shots) or None}, "beside --script", "leave one of the two out")
+            if adapter is None:
+                raise ValueError("--script: got no model, expected --backbone or --model: it says what makes a token")
+            layout = script_layout(partial(read_script, script), size, text, adapter, asking="--script")
         if adapter is not None:
-            layout = _as_of(
+            layout = as_taken(
                 adapter, layout, given="SHOT" if shots else "SHOT (the example)" if script is None else None
             )
             heads, kv_heads, head_dim = _heads(ctx, adapter)
@@ -175,94 +176,6 @@ def command(
     if reasons := _reasons(answers):
         console.print(_lines({str(number): reason for reason, number in reasons.items()}), "", sep="\n")
     console.print(_lines({name: registry().kernels[name].summary for name in _by_kernel(answers)}))
-
-
-def _refuse(given: Mapping[str, object | None], where: str, fix: str) -> None:
-    for option, value in given.items():
-        if value is not None:
-            raise ValueError(f"{option}: got {value} {where}; {fix}")
-
-
-def _adapter(backbone: str | None, model: str | None) -> Backbone | None:
-    """The adapter of a named family, of the user's own model, or none."""
-    if backbone is not None:
-        _refuse({"--model": model}, "beside --backbone", "leave one of the two out")
-        if backbone not in registry().backbones:
-            raise ValueError(f"--backbone: got {backbone!r}, expected one of {', '.join(registry().backbones)}")
-        return _default(registry().backbones[backbone])
-    return None if model is None else _own(model)
-
-
-def _default(spec: BackboneSpec) -> Backbone:
-    """The adapter of a family's first model class, at its usual size; no weights."""
-    module, _, name = spec.handles[0].rpartition(".")
-    try:
-        with torch.device("meta"):
-            made = resolve_name(spec.build or f"{module}:{name}")(**spec.config)
-        return registry().adapter(made, spec.name)
-    except ImportError as error:
-        library = spec.tested_with or module.partition(".")[0]
-        raise ValueError(f"--backbone: {spec.name} needs its library ({library}): {error}; install it") from error
-    except Exception as error:  # whatever a library does with a size of its own
-        raise ValueError(
-            f"--backbone: {spec.name}'s default {name} cannot be had ({type(error).__name__}: {error}); expected one "
-            "that can; make the model that you want with --model MODULE:FACTORY"
-        ) from error
-
-
-def _own(name: str) -> Backbone:
-    with current_folder_on_path():
-        made = call(load(name), name)
-    first = made[0] if isinstance(made, tuple) and made else made
-    if not isinstance(first, nn.Module | Backbone):
-        raise ValueError(
-            f"--model: {name}() returned a {type(made).__name__}, expected a model (nn.Module) or an adapter "
-            "(lct_core.Backbone), or one of them and a codec"
-        )
-    return first if isinstance(first, Backbone) else registry().adapter(first)
-
-
-def _script_layout(script: Path, size: str | None, text: int | None, adapter: Backbone | None) -> Layout:
-    """The scene of a script, every shot of one size."""
-    if adapter is None:
-        raise ValueError("--script: got no model, expected --backbone or --model: it says what makes a token")
-    if size is None or text is None:
-        missing = " and ".join(name for name, value in (("--size", size), ("--text", text)) if value is None)
-        raise ValueError(f"--script: got it without {missing}, expected both, like --size 21x60x104 --text 512")
-    patch = adapter.traits.patch
-    match = re.fullmatch(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})x([1-9][0-9]{0,4})", size)
-    if match is None or any(int(n) % p for n, p in zip(match.groups(), patch, strict=True)):
-        raise ValueError(
-            f"--size: got {size!r}, expected latent frames, height and width below 100,000, multiples of the patch "
-            f"{patch}, like 21x60x104"
-        )
-    frames, height, width = (int(n) // p for n, p in zip(match.groups(), patch, strict=True))
-    read = read_script(script)
-    prompt = [Shot(text, (1, height, width), "global")] if read.global_prompt() else []
-    return Layout([[*prompt, *(Shot(text, (frames, height, width)) for _ in read.shots)]], adapter.traits.text_first)
-
-
-def _as_of(adapter: Backbone, layout: Layout, *, given: str | None) -> Layout:
-    """The same shots as a model takes them; refused where it takes none such. ``given`` is None for a script's."""
-    traits, model = adapter.traits, type(adapter.model).__name__
-    least, most = traits.text_tokens
-    for shot in layout.shots:
-        if shot.text < least or (most is not None and shot.text > most):
-            wanted = f"{least}" if most == least else f"{least} or more" if most is None else f"{least} to {most}"
-            raise ValueError(
-                f"{given or '--text'}: got {shot.text} text tokens, expected {wanted}, as {model} takes them"
-            )
-        small = Shot(shot.text and 1, (shot.grid[0], 1, 1))
-        example = adapter.example(small, batch=1, generator=torch.Generator(), dtype=torch.float32)
-        frames = example.latents.shape[2] // traits.patch[0]
-        if frames != shot.grid[0]:
-            raise ValueError(
-                f"{given or '--size'}: got {shot.grid[0]} frames, expected {frames}, as {model} takes them"
-            )
-    if traits.text == "joint":
-        return layout
-    scenes = [[replace(s, grid=(0, 0, 0)) if s.role == "global" else s for s in scene] for scene in layout.scenes]
-    return Layout(scenes, layout.text_first)  # there, a global prompt has no video
 
 
 def _heads(ctx: click.Context, adapter: Backbone) -> tuple[int, int, int]:
@@ -294,21 +207,21 @@ def _scene(layout: Layout, request: KernelRequest, adapter: Backbone | None) -> 
 
 
 def _plan_table(requests: Mapping[str, KernelRequest], answers: Mapping[str, Sequence[KernelRow]]) -> "Table":
-    table = _table("pattern", "grad", "queries", "keys", "pairs", "form", "auto")
-    for column in table.columns[2:5]:
+    made = table("pattern", "grad", "queries", "keys", "pairs", "form", "auto")
+    for column in made.columns[2:5]:
         column.justify = "right"
     for name, request in requests.items():
         plan = request.plan
         numbers = f"{plan.queries:,}", f"{plan.keys:,}", short(plan.pairs)
         grad = "yes" if request.grad else "no"
-        table.add_row(name, grad, *numbers, plan.form, auto_choice(answers[name]) or "none: all refuse")
-    return table
+        made.add_row(name, grad, *numbers, plan.form, auto_choice(answers[name]) or "none: all refuse")
+    return made
 
 
 def _kernel_table(answers: Mapping[str, Sequence[KernelRow]]) -> "Table":
     reasons = _reasons(answers)
     choices = [auto_choice(rows) for rows in answers.values()]
-    table = _table("kernel", *answers)
+    made = table("kernel", *answers)
     for name, rows in _by_kernel(answers).items():
         cells = []
         for row, choice in zip(rows, choices, strict=True):
@@ -318,8 +231,8 @@ def _kernel_table(answers: Mapping[str, Sequence[KernelRow]]) -> "Table":
                 cells.append("by name")
             else:
                 cells.append("auto" if name == choice else "available")
-        table.add_row(name, *cells)
-    return table
+        made.add_row(name, *cells)
+    return made
 
 
 def _by_kernel(answers: Mapping[str, Sequence[KernelRow]]) -> dict[str, list[KernelRow]]:
@@ -333,17 +246,6 @@ def _reasons(answers: Mapping[str, Sequence[KernelRow]]) -> dict[str, int]:
     rows = (row for of_kernel in _by_kernel(answers).values() for row in of_kernel)
     reasons = dict.fromkeys(reason for row in rows for reason in row.refusals)
     return {reason: number for number, reason in enumerate(reasons, start=1)}
-
-
-def _table(first: str, *others: str) -> "Table":
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column(first, no_wrap=True)
-    for name in others:
-        table.add_column(name)
-    return table
 
 
 def _lines(words: Mapping[str, str]) -> "Table":

@@ -3,10 +3,14 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from math import isfinite
+from pathlib import Path
 from typing import Any
 
 import click
 import torch
+
+from lct_core.cache import Budget
+from lct_core.cache.budget import STORAGES
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -32,6 +36,7 @@ FINITE = Number(click.FLOAT)
 POSITIVE = Number(click.FloatRange(min=0, min_open=True))
 FPS = Number(click.FloatRange(0.01, 1000))
 LEVEL = Number(click.FloatRange(0, 1000))
+GIB = Number(click.FloatRange(0, 2**30))
 
 seed = click.option(
     "--seed",
@@ -81,6 +86,50 @@ def within_memory(device: torch.device, *, fix: str) -> Iterator[None]:
             raise
         said = ". ".join(str(error).split(". ")[:2]).rstrip(".")  # what follows is about torch's allocator
         raise ValueError(f"--device: {device} is out of memory; {fix} ({said})") from error
+
+
+storage = click.option(
+    "--storage",
+    type=click.Choice(STORAGES),
+    default=STORAGES[0],
+    show_default=True,
+    help="How the KV cache keeps its shots: as they are, or in 8 bits.",
+)
+
+
+def tiers(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``--on-device``, ``--on-host`` and ``--cache-folder``; see :func:`budget`."""
+    options = [
+        click.option(
+            "--on-device",
+            type=GIB,
+            metavar="GIB",
+            help="Most of the KV cache on the device, in each branch of guidance.  [default: all]",
+        ),
+        click.option("--on-host", type=GIB, metavar="GIB", help="Most of the rest in host memory.  [default: all]"),
+        click.option(
+            "--cache-folder",
+            type=click.Path(file_okay=False, path_type=Path),
+            help="Where what remains is put in files.",
+        ),
+    ]
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def budget(on_device: float | None, on_host: float | None, cache_folder: Path | None) -> Budget | None:
+    """What :func:`tiers` asked for; None where nothing was said.
+
+    Args:
+        on_device: GiB.
+        on_host: GiB.
+        cache_folder: Of files.
+    """
+    if on_device is None and on_host is None and cache_folder is None:
+        return None
+    device, host = (None if gib is None else int(gib * 2**30) for gib in (on_device, on_host))
+    return Budget(device=device, host=host, folder=cache_folder)
 
 
 def heads(function: Callable[..., Any]) -> Callable[..., Any]:

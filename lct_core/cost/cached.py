@@ -1,16 +1,20 @@
 """What a cache holds while a scene is generated: the cache itself, run without values."""
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from math import gcd
 from typing import NamedTuple
 
 import torch
 
 from lct_core.cache import Budget, KVCache, SiteSize, Stage, Storage, Tier, shot_bytes
+from lct_core.cache.working import WorkingRows, rows_at_once
 from lct_core.cost.meter import Meter
 from lct_core.cost.passes import Pass
+from lct_core.generation.history import room
 from lct_core.layout import Shot
 from lct_core.rope import Pairing
 
@@ -21,29 +25,31 @@ class Held(NamedTuple):
     Args:
         peak: :attr:`KVCache.peak_nbytes`.
         tiers: :attr:`KVCache.bytes_by_tier`.
-        ids: The shots that it holds, by index.
+        shots: What every shot that it holds takes as it is stored, by index in the scene.
     """
 
     peak: int
     tiers: dict[Tier, int]
-    ids: tuple[Hashable, ...]
+    shots: Mapping[int, int]
 
 
 def held(
     meter: Meter,
-    scene: Sequence[Shot],
+    scenes: Sequence[Sequence[Shot]],
     run: Sequence[Pass],
     *,
+    window: int = 9,
     storage: Storage = "native",
     budget: Budget | None = None,
     device: str = "cpu",
 ) -> Held:
-    """What the cache of one branch of guidance holds after some passes, and held meanwhile.
+    """What a cache holds after some passes, and held meanwhile.
 
     Args:
         meter: Knows the model's attentions.
-        scene: The shots.
-        run: The passes.
+        scenes: The shots of the branch of guidance that it is the cache of; of both, where they share it.
+        run: The passes; of those that are text-free, both branches run one.
+        window: For how many shots it is made with room, as :class:`Director` does.
         storage: As :class:`KVCache` takes it.
         budget: As :class:`KVCache` takes it; nothing is written to its folder.
         device: The kind that it is for: a GPU has a second row where a history is brought.
@@ -51,71 +57,91 @@ def held(
     Raises:
         ValueError: where the budget has no room.
     """
-    sizes = meter.sites(next(shot for shot in scene if shot.role == "shot"))
+    sizes = meter.sites(next(shot for shot in scenes[0] if shot.role == "shot"))
     parts = gcd(*(size.heads for size in sizes.values()))
-    shares = partial(_held, meter, scene, run, sizes, storage=storage, budget=budget, device=device)
+    shares = partial(_held, meter, scenes, run, sizes, window=window, storage=storage, budget=budget, device=device)
     try:
         return shares(parts)
     except ValueError:  # which speaks of a share of the budget
         return shares(1)
 
 
-def nbytes(meter: Meter, shot: Shot, storage: Storage) -> int:
-    """Bytes of a shot's keys and values, as they are stored, in one branch of guidance."""
-    sizes = [*meter.sites(shot).values()]
-    return shot_bytes(sizes, {space: getattr(shot, space) for space in ("tokens", "video", "text")}, storage)
+def least_budget(meter: Meter, scenes: Sequence[Sequence[Shot]], run: Sequence[Pass], *, device: str = "cpu") -> int:
+    """Bytes on the device with which some passes can be run while no shot stays there.
+
+    Room for the history at one attention, for what a call writes at all of them, and once more at one in passing.
+
+    Args:
+        meter: Knows the model's attentions.
+        scenes: As :func:`held` takes them.
+        run: The passes.
+        device: The kind that it is for.
+    """
+    sizes = meter.sites(next(shot for shot in scenes[0] if shot.role == "shot")).values()
+
+    def nbytes(size: SiteSize, shots: Callable[[Pass], Sequence[int]]) -> int:
+        tokens = [sum(getattr(s[i], size.space) for i in shots(step)) for s in scenes for step in run if step.cached]
+        return sum(size.nbytes(max(tokens, default=0)))
+
+    rows = rows_at_once(torch.device(device)) * max(nbytes(size, lambda step: step.behind + step.row) for size in sizes)
+    calls = [nbytes(size, lambda step: step.row) for size in sizes]
+    holding = any(step.writes and step.times > 1 for step in run)
+    return rows + (1 + holding) * sum(calls) + max(calls)
 
 
 def _held(
     meter: Meter,
-    scene: Sequence[Shot],
+    scenes: Sequence[Sequence[Shot]],
     run: Sequence[Pass],
     sizes: Mapping[tuple[int, str], SiteSize],
     parts: int,
     *,
+    window: int,
     storage: Storage,
     budget: Budget | None,
     device: str,
 ) -> Held:
     """By one of so many equal shares of all heads."""
-    sizes = {key: size._replace(heads=size.heads // parts) for key, size in sizes.items()}
-    pairing, second = meter.adapter.traits.pairing, 0
-    cache = _WithoutValues(
-        capacity=sum(shot.tokens for shot in scene if shot.video),
+    shares = {key: size._replace(heads=size.heads // parts) for key, size in sizes.items()}
+    pairing = meter.adapter.traits.pairing
+    cache = KVCache(
+        capacity=room(scenes[0], window, text=meter.adapter.traits.text == "joint"),
         storage=storage,
         budget=budget and _share(budget, parts),
     )
-    for step in run:
-        if not step.cached:
+    cache._own.working = WorkingRows(kind=device)
+    indices: dict[Hashable, int] = {}  # of what it holds, as it was appended
+    for step, (branch, scene) in product(run, enumerate(scenes)):
+        if not step.cached or (step.text_free and branch):
             continue
-        if [entry.id for entry in cache.shots] != [*step.behind]:
-            cache.select(step.behind)
-        shots = [scene[i] for i in step.row]
-        _call(cache, sizes, shots, pairing)
+        ids = {i: (i, branch) if scene[i].role == "global" else i for i in (*step.behind, *step.row)}
+        behind = [ids[i] for i in step.behind]
+        if [entry.id for entry in cache.shots] != behind:
+            cache.select(behind)
+        shots = [replace(scene[i], text=0) if step.text_free else scene[i] for i in step.row]
+        _call(cache, shares, shots, pairing, step)
         if step.writes and step.times > 1:
             cache.hold()
-            _call(cache, sizes, shots, pairing)
-        second = max(second, cache._working.nbytes if device == "cuda" else 0)
+            _call(cache, shares, shots, pairing, step)
         if step.writes:
-            cache.append(*step.row)
+            cache.append(*(ids[i] for i in step.row))
+            indices |= {ids[i]: i for i in step.row}
+    entries = {entry.id: entry for entry in cache.held}
+    each = {i: _nbytes(sizes, entry.shot, storage) for i, entry in entries.items()}
     tiers = {tier: parts * count for tier, count in cache.bytes_by_tier.items()}
     if budget is not None and budget.folder is not None and budget.host is not None:
-        entries = {entry.id: entry for entry in cache.held}
-        for i in reversed(budget.policy([entries[i] for step in run if step.writes for i in step.row])):
+        for i in reversed(budget.policy([entries[i] for i in indices])):
             if entries[i].tier == "host" and tiers["host"] > budget.host:
-                there = nbytes(meter, entries[i].shot, storage)
-                tiers |= {"host": tiers["host"] - there, "disk": tiers["disk"] + there}
-    return Held(parts * (cache.peak_nbytes + second), tiers, cache.ids)
+                tiers |= {"host": tiers["host"] - each[i], "disk": tiers["disk"] + each[i]}
+    shots_bytes: Counter[int] = Counter()
+    for i, index in indices.items():
+        shots_bytes[index] += each[i]
+    return Held(parts * cache.peak_nbytes, tiers, shots_bytes)
 
 
-class _WithoutValues(KVCache):
-    """A cache of tensors on the meta device, where nothing need be brought or turned."""
-
-    def _bring(self, key: tuple[int, str], keys: torch.Tensor, values: torch.Tensor) -> None:
-        pass
-
-    def _turn(self, steps: int, like: torch.Tensor) -> None:
-        pass
+def _nbytes(sizes: Mapping[tuple[int, str], SiteSize], shot: Shot, storage: Storage) -> int:
+    """Bytes of a shot's keys and values, as they are stored."""
+    return shot_bytes([*sizes.values()], {"tokens": shot.tokens, "video": shot.video, "text": shot.text}, storage)
 
 
 def _share(budget: Budget, parts: int) -> Budget:
@@ -125,11 +151,17 @@ def _share(budget: Budget, parts: int) -> Budget:
 
 
 def _call(
-    cache: KVCache, sites: Mapping[tuple[int, str], SiteSize], shots: Sequence[Shot], pairing: Pairing | None
+    cache: KVCache,
+    sites: Mapping[tuple[int, str], SiteSize],
+    shots: Sequence[Shot],
+    pairing: Pairing | None,
+    step: Pass,
 ) -> None:
     """Write what a call of the model writes."""
-    cache.begin("anchored", None if pairing is None else torch.empty(1, 1, device="meta"), pairing)
+    cache.begin("anchored", None if pairing is None else torch.zeros(1, 1), pairing)
     for key, size in sites.items():
+        if step.text_free and size.space == "text":
+            continue
         tokens = sum(getattr(shot, size.space) for shot in shots)
         k, v = (torch.empty(1, tokens, size.heads, n, dtype=size.dtype, device="meta") for n in size.channels)
         cache.write(key, size.space, k, v)

@@ -23,7 +23,7 @@ from lct_core.cost.passes import Pass
 from lct_core.layout import Layout, Range, Shot
 from lct_core.masks import AttentionPlan, Pattern
 from lct_core.rope import Rotation, pays_in_pieces
-from lct_core.scene_model import SceneModel, TextScope
+from lct_core.scene_model import SceneModel, TextScope, alike, stacked
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,8 @@ class _OneShot(NamedTuple):
     attentions: tuple[_Attention, ...]
 
 
-_Attend = Callable[[int, Site, Sequence[QKV]], Sequence[Tensor]]
+_Groups = Sequence[Sequence[int]]  # shots that go through the blocks as one batch, by their place in the row
+_Attend = Callable[[_Groups, int, Site, Sequence[QKV]], Sequence[Tensor]]
 
 
 class Meter:
@@ -89,14 +90,17 @@ class Meter:
     def __init__(self, model: SceneModel | Backbone, *, text: TextScope = "own") -> None:
         if not isinstance(model, SceneModel | Backbone):
             raise ValueError(
-                f"model: got a {type(model).__name__}, expected a SceneModel, as retrofit makes it, or an adapter"
+                f"model: got a {type(model).__name__}, expected a SceneModel, as retrofit makes it, or an adapter; of "
+                "two experts, plan with one: together they have twice its weights and cache"
             )
         adapter, self.text = (model.adapter, model.text) if isinstance(model, SceneModel) else (model, text)
+        self._batching = isinstance(model, SceneModel) and model.batch_shots
         twins: dict[int, Any] = {id(b): b.to("meta") for b in adapter.model.buffers()}
         twins |= {id(p): nn.Parameter(p.to("meta"), requires_grad=False) for p in adapter.model.parameters()}
         self.adapter = copy.deepcopy(adapter, twins)
         self._angles = None if adapter.traits.pairing is None else _angles(adapter).shape[1:]
         self._shots: dict[Shot, _OneShot] = {}
+        self._activations: dict[object, tuple[Pattern, int]] = {}  # by a pattern's id, so it is kept
 
     @property
     def weights(self) -> int:
@@ -134,23 +138,31 @@ class Meter:
             ValueError: as :meth:`cost` does.
         """
         shots = [scene[i] for i in step.row]
+        key = *shots, id(step.pattern), step.cached, device
+        if key not in self._activations:
+            self._activations[key] = step.pattern, self._live(shots, step, device)
+        return self._activations[key][1]
+
+    def _live(self, shots: Sequence[Shot], step: Pass, device: str) -> int:
         alone = Layout([shots], self.adapter.traits.text_first)  # a cached history is seen in place
         blocks = self._blocks_of_each_kind()
         sites = {site for block in blocks for site in self.adapter.sites(block)}
         plans = {site: self._plan(site, alone, len(shots), step.pattern) for site in sites}
         rows: dict[Site, Sequence[Tensor]] = {}
 
-        def attend_to(block: int, site: Site, parts: Sequence[QKV]) -> Sequence[Tensor]:
+        def attend_to(groups: _Groups, block: int, site: Site, parts: Sequence[QKV]) -> Sequence[Tensor]:
             by = None if site.joint == "text" else turns[site.tokens]
-            q, k, v = (self._row([part[i] for part in parts], by if i < 2 else None, device) for i in range(3))
+            queries, keys, values = (_shot_by_shot([part[i] for part in parts], groups) for i in range(3))
+            q, k, v = self._row(queries, by, device), self._row(keys, by, device), self._row(values, None, device)
             if step.cached and self._is_cached(site):
                 k, v = rows.setdefault(site, (k, v))
-            out = attend(q, k, v, plans[site], kernel="sdpa")
-            return [x.contiguous() for x in out.split([part.q.shape[1] for part in parts], dim=1)]
+            outs = attend(q, k, v, plans[site], kernel="sdpa").split([x.shape[1] for x in queries], dim=1)
+            return [_cat([outs[i] for i in group], dim=0).contiguous() for group in groups]
 
         with _explained(self.adapter), torch.no_grad(), _WithoutScores():
-            turns = self._rotations(shots)
-            self._walk(shots, blocks, attend_to)  # so that the rows of a cache are there before
+            if step.cached:  # so that its rows are there before
+                turns = self._rotations(shots)
+                self._walk(shots, blocks, attend_to)
             with Live() as live:
                 turns = self._rotations(shots)
                 self._walk(shots, blocks, attend_to)
@@ -162,6 +174,8 @@ class Meter:
         pairs: dict[Site, int] = {}
         attention = 0
         for _, site, heads, keys in self._one(shots[0]).attentions:
+            if step.text_free and site.joint == "text":
+                continue
             if site not in pairs:
                 pairs[site] = self._plan(site, whole, len(shots), step.pattern).pairs
             attention += 2 * heads * sum(keys.channels) * pairs[site]
@@ -199,7 +213,7 @@ class Meter:
         if shot not in self._shots:
             attentions: list[_Attention] = []
 
-            def skip(block: int, site: Site, parts: Sequence[QKV]) -> Sequence[Tensor]:
+            def skip(groups: _Groups, block: int, site: Site, parts: Sequence[QKV]) -> Sequence[Tensor]:
                 ((q, k, v, _),) = parts
                 keys = SiteSize(self._space(site), 1, k.shape[2], (k.shape[3], v.shape[3]), k.dtype)
                 attentions.append(_Attention(block, site, q.shape[2], keys))
@@ -219,12 +233,14 @@ class Meter:
 
     def _walk(self, shots: Sequence[Shot], blocks: Sequence[nn.Module], attend_to: _Attend) -> None:
         """Some shots through some of the model's blocks, as the engine has them."""
-        encoded = [self._encoded(shot) for shot in shots]  # alive to the end, as in the engine
-        states = [*encoded]
+        encoded = [self._encoded(shot) for shot in shots]
+        groups = alike(encoded) if self._batching else [[i] for i in range(len(shots))]
+        states = [stacked([encoded[i] for i in group]) for group in groups]
+        del encoded
         for i, block in enumerate(blocks):
-            states = self._through(block, states, partial(attend_to, i))
-        for shot, state in zip(shots, states, strict=True):
-            out = self.adapter.head(state)
+            states = self._through(block, states, partial(attend_to, groups, i))
+        tokens = _shot_by_shot([self.adapter.head(state) for state in states], groups)
+        for shot, out in zip(shots, tokens, strict=True):
             if shot.video:
                 self.adapter.unpatchify(out, shot)
 
@@ -252,7 +268,7 @@ class Meter:
         stands_in = [torch.empty((), device=device).expand(part.shape) for part in parts] if by else []
         if by is not None and pays_in_pieces(stands_in):
             return parts[0].new_empty(len(parts[0]), sum(part.shape[1] for part in parts), *parts[0].shape[2:])
-        x = parts[0] if len(parts) == 1 else torch.cat([*parts], dim=1)
+        x = _cat(parts, dim=1)
         return x if by is None else self.adapter.rotate(x, by)
 
     def _rotations(self, shots: Sequence[Shot]) -> dict[Tokens, Rotation | None]:
@@ -307,6 +323,19 @@ def example(adapter: Backbone, shot: Shot, *, dtype: torch.dtype) -> ShotInput:
     given = adapter.example(sized, batch=1, generator=torch.Generator().manual_seed(0), dtype=dtype)
     extras = {name: x for name, x in given.extras.items() if adapter.traits.extras[name].required}
     return replace(given, extras=extras) if shot.video else ShotInput(text=given.text, extras=extras, role=given.role)
+
+
+def _shot_by_shot(grouped: Sequence[Tensor], groups: _Groups) -> list[Tensor]:
+    parts = {
+        i: x
+        for group, whole in zip(groups, grouped, strict=True)
+        for i, x in zip(group, whole.chunk(len(group)), strict=True)
+    }
+    return [parts[i] for i in range(len(parts))]
+
+
+def _cat(parts: Sequence[Tensor], *, dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat([*parts], dim=dim)
 
 
 def _angles(adapter: Backbone) -> Tensor:

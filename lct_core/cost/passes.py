@@ -22,11 +22,12 @@ from dataclasses import replace
 from heapq import merge
 from typing import Literal, NamedTuple, get_args
 
-from lct_core.generation.director import Write
 from lct_core.generation.history import choose, recent
 from lct_core.generation.takes import Take
+from lct_core.generation.write import Write
 from lct_core.layout import Shot
 from lct_core.masks import PATTERNS, Pattern
+from lct_core.routing import Router
 
 Mode = Literal["joint", "conditional", "autoregressive", "causal"]
 
@@ -42,6 +43,7 @@ class Pass(NamedTuple):
         times: How often it is run.
         cached: Whether the keys and values of the row go into a cache.
         writes: Whether they are then kept as history: in a pass of its own, or in the step nearest to their level.
+        text_free: Whether the row hears no prompt, so that what is kept serves both branches of guidance.
     """
 
     made: tuple[int, ...]
@@ -51,6 +53,7 @@ class Pass(NamedTuple):
     times: int
     cached: bool = False
     writes: bool = False
+    text_free: bool = False
 
 
 def takes_of(
@@ -86,7 +89,13 @@ def takes_of(
 
 
 def passes(
-    scene: Sequence[Shot], takes: Sequence[Take], *, steps: int = 32, window: int = 9, write: Write = "pass"
+    scene: Sequence[Shot],
+    takes: Sequence[Take],
+    *,
+    steps: int = 32,
+    window: int = 9,
+    write: Write = "pass",
+    shared_history: bool = False,
 ) -> list[Pass]:
     """What some takes run for one branch of guidance, in order.
 
@@ -98,14 +107,20 @@ def passes(
         write: Whether keys and values that a later take needs are written in a pass of their own (``"pass"``, paper) or
             are those of a step that is run anyway (``"nearest"``). Those of a given shot, and of one that was not made
             alone and through the cache, always take a pass.
+        shared_history: Whether one history serves both branches of guidance (:class:`Guidance`), so that passes which
+            write shots are run text-free, and in one branch alone.
 
     Raises:
-        ValueError: for a scene without shots, another number or way to write, an unknown pattern, and a take of shots
-            that the scene does not have.
+        ValueError: for a scene without shots, another number or way to write, a pattern that is unknown or chooses by
+            data, and a take of shots that the scene does not have.
     """
     shots, first = _shots(scene), tuple(i for i, shot in enumerate(scene) if shot.role == "global")
     if write not in get_args(Write):
         raise ValueError(f"write: got {write!r}, expected one of {get_args(Write)}")
+    if write == "nearest" and shared_history:
+        raise ValueError(
+            'write: got "nearest", but a shared history is written in a pass that hears no prompt; expected "pass"'
+        )
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
         raise ValueError(f"steps: got {steps!r}, expected an int of at least 1: calls of the model for every take")
     histories = [_seen(take, shots, window) for take in takes]
@@ -114,6 +129,7 @@ def passes(
         for take, seen in zip(takes, histories, strict=True)
         for n, i in enumerate(take.shots)
     }
+    made_with = {i: _pattern(take.pattern) for take in takes for i in take.shots}
     held = {take.shots[0] for take in takes if write == "nearest" and take.cached and len(take.shots) == 1}
     written: set[int] = set()
     run: list[Pass] = []
@@ -131,7 +147,9 @@ def passes(
             )
             need(behind)
             if i not in held:
-                run.append(Pass((i,), (i,), behind, PATTERNS["context_causal"], 1, cached=True, writes=True))
+                free = shared_history and i not in first
+                pattern = made_with.get(i, PATTERNS["context_causal"])
+                run.append(Pass((i,), (i,), behind, pattern, 1, cached=True, writes=True, text_free=free))
 
     for take, history in zip(takes, histories, strict=True):
         pattern = _pattern(take.pattern)
@@ -153,13 +171,19 @@ def _shots(scene: Sequence[Shot]) -> list[int]:
 
 def _seen(take: Take, shots: Sequence[int], window: int) -> tuple[int, ...]:
     """What a take sees, the global shot left out."""
-    history = tuple(choose(recent(window), shots, take.shots[0])) if take.history is None else take.history
+    left = max(0, window - len(take.shots))
+    history = tuple(choose(recent(left + 1), shots, take.shots[0])) if take.history is None else take.history
     if unknown := [i for i in (*take.shots, *history) if i not in shots]:
         raise ValueError(f"takes: got shots {unknown}, expected some of {list(shots)}, the scene's, counting from 0")
     return history
 
 
 def _pattern(pattern: str | Pattern) -> Pattern:
+    if isinstance(pattern, Router):
+        raise ValueError(
+            f"pattern: got a {type(pattern).__name__}, which chooses from queries and keys when it runs, so that its "
+            'pairs are not known before; expected one that does not, such as "context_causal": all that it can choose'
+        )
     if callable(pattern):
         return pattern
     if pattern not in PATTERNS:

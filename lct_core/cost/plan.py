@@ -7,12 +7,12 @@ from typing import get_args
 
 from lct_core.backbone import Backbone
 from lct_core.cache import Budget, Storage, Tier
-from lct_core.cost.cached import held, nbytes
+from lct_core.cost.cached import held, least_budget
 from lct_core.cost.meter import Cost, Meter
 from lct_core.cost.passes import Mode, Pass, passes, takes_of
 from lct_core.cost.throughput import Throughput
-from lct_core.generation.director import Write
 from lct_core.generation.takes import Take
+from lct_core.generation.write import Write, check_shared_history
 from lct_core.layout import Shot
 from lct_core.masks import Pattern
 from lct_core.scene_model import SceneModel, TextScope
@@ -45,8 +45,10 @@ class Plan:
 
     Args:
         takes: One by one, in order.
+        tokens: How many go through the layers, in all passes and branches.
         cost: Operations in all.
         cache: Bytes of keys and values that are held in the end, by tier, in all branches.
+        least_budget: Least :attr:`Budget.device` of each branch with which no shot need stay on the device.
         peak_cache: Most bytes that the caches hold on the device, copies in passing included.
         weights: Bytes of the model's weights and buffers.
         activations: Most bytes that are alive in a pass beside them, for the shots of a row.
@@ -54,8 +56,10 @@ class Plan:
     """
 
     takes: tuple[PlannedTake, ...]
+    tokens: int
     cost: Cost
     cache: dict[Tier, int]
+    least_budget: int
     peak_cache: int
     weights: int
     activations: int
@@ -77,13 +81,14 @@ def plan(
     given: Collection[int] = (),
     pattern: str | Pattern = "bidirectional",
     negative: Sequence[Shot] | None = None,
+    shared_history: bool = False,
     write: Write = "pass",
     storage: Storage = "native",
     budget: Budget | None = None,
     device: str = "cpu",
     throughput: Throughput | None = None,
 ) -> Plan:
-    """Plan a generation from token counts alone.
+    """Plan a generation from token counts alone, for one entry of a batch.
 
     Operations are exact. Bytes of the cache are those of :attr:`KVCache.peak_nbytes`. Activations are those of torch's
     own attention, without what a kernel or the allocator needs besides. Time is as good as the throughput is.
@@ -98,7 +103,9 @@ def plan(
         pattern: Who sees whom in a row; the mode ``causal`` is context-causal.
         negative: The scene with the negative prompts of guidance, which runs every pass a second time and keeps a
             second cache (default: no guidance).
-        write: When keys and values are written, see :func:`lct_core.cost.passes`.
+        shared_history: Whether one cache serves both branches of guidance, as :class:`Guidance` has it.
+        write: When keys and values are written, see :func:`lct_core.cost.passes`. Where a history is brought and the
+            nearest step is the last, ``"nearest"`` takes one call's keys and values less than is said.
         storage: How they are kept.
         budget: What may be held where (default: all on the device).
         device: The kind of device that it is run on, ``"cpu"`` or ``"cuda"``.
@@ -114,24 +121,32 @@ def plan(
     if any([(s.grid, s.role) for s in branch] != [(s.grid, s.role) for s in scene] for branch in scenes):
         raise ValueError(f"negative: got {list(scenes[-1])}, expected the scene's shots with texts of other lengths")
     takes = takes_of(mode, scene, window=window, given=given, pattern=pattern) if isinstance(mode, str) else [*mode]
-    run = passes(scene, takes, steps=steps, window=window, write=write)
-    planned = _grouped(run, takes)
-    hold = partial(held, meter, run=run, storage=storage, budget=budget, device=device)
-    alike = {branch: hold(branch) for branch in map(tuple, scenes)}
-    caches = [alike[tuple(branch)] for branch in scenes]
-
-    def kept(i: int) -> int:
-        return sum(nbytes(meter, b[i], storage) for b, c in zip(scenes, caches, strict=True) if i in c.ids)
-
+    if shared_history:
+        if negative is None:
+            raise ValueError("shared_history: got True without negative, whose branch is to share the history")
+        check_shared_history(meter.adapter, meter.text)
+    run = passes(scene, takes, steps=steps, window=window, write=write, shared_history=shared_history)
+    hold = partial(held, meter, run=run, window=window, storage=storage, budget=budget, device=device)
+    seeing = [tuple(map(tuple, scenes))] if shared_history else [(tuple(branch),) for branch in scenes]
+    alike = {branches: hold(branches) for branches in seeing}
+    caches = [alike[branches] for branches in seeing]
     rows = tuple(
-        _take(shots, group, meter, scenes, sum(map(kept, shots)), throughput) for shots, group in planned.items()
+        _take(shots, group, meter, scenes, sum(cache.shots.get(i, 0) for cache in caches for i in shots), throughput)
+        for shots, group in _grouped(run, takes).items()
     )
     cost = sum((row.cost for row in rows), Cost())
     largest = max(run, key=lambda step: sum(scene[i].tokens for i in step.row))
     return Plan(
         takes=rows,
+        tokens=sum(
+            step.times * sum(branch[i].tokens for i in step.row)
+            for n, branch in enumerate(scenes)
+            for step in run
+            if not (n and step.text_free)
+        ),
         cost=cost,
         cache={tier: sum(cache.tiers[tier] for cache in caches) for tier in get_args(Tier)},
+        least_budget=max(least_budget(meter, branches, run, device=device) for branches in alike),
         peak_cache=sum(cache.peak for cache in caches),
         weights=meter.weights,
         activations=max(meter.activations(branch, largest, device=device) for branch in scenes),
@@ -161,7 +176,8 @@ def _take(
     throughput: Throughput | None,
 ) -> PlannedTake:
     step = max(group, key=lambda step: step.times)
-    cost = sum((meter.cost(branch, group) for branch in scenes), Cost())
+    by_branch = group, [step for step in group if not step.text_free]
+    cost = sum((meter.cost(*branch) for branch in zip(scenes, by_branch, strict=False)), Cost())
     return PlannedTake(
         shots=shots,
         tokens=sum(scenes[0][i].tokens for i in step.row),

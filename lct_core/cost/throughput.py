@@ -161,7 +161,7 @@ def measure(
         call = run(row, None)
         call()
         take_time(row, [], call)
-    return fitted(costs, seconds, where=_where(place))
+    return fitted(costs, seconds, where=_where(model, place))
 
 
 def _median(call: Callable[[], object], device: torch.device, rounds: int) -> float:
@@ -184,8 +184,8 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _where(place: torch.Tensor) -> str:
-    dtype = str(place.dtype).removeprefix("torch.")
+def _where(model: SceneModel, place: torch.Tensor) -> str:
+    what = f"{type(model.backbone).__name__}, {str(place.dtype).removeprefix('torch.')}, kernel {model.kernel}"
     if place.device.type == "cuda":
-        return f"{dtype} on {torch.cuda.get_device_name(place.device)}"
-    return f"{dtype} on {place.device.type}, {torch.get_num_threads()} threads"
+        return f"{what}, {torch.cuda.get_device_name(place.device)}"
+    return f"{what}, {place.device.type} with {torch.get_num_threads()} threads"

@@ -1,6 +1,7 @@
 """Auto-regressive generation with a context-causal model and a KV cache (paper, 3.3 and Fig. 4 b)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from lct_core.backbone import ShotInput
 from lct_core.experts import Experts
@@ -8,7 +9,7 @@ from lct_core.generation.common import Levels, left_to_generate
 from lct_core.generation.director import Director
 from lct_core.generation.euler import Callback, Latents
 from lct_core.generation.guidance import Guidance
-from lct_core.generation.history import History, choose, recent
+from lct_core.generation.history import History, Recent, choose, recent
 from lct_core.generation.schedulers import Steps
 from lct_core.generation.takes import Take
 from lct_core.scene_model import SceneModel
@@ -24,12 +25,14 @@ def causal(
     seed: int = 0,
     steps: Steps = 32,
     guidance: Guidance | None = None,
+    new_cache: Callable[..., Any] | None = None,
     callback: Callback | None = None,
 ) -> list[Latents | None]:
     """Generate one shot at a time, each from the keys and values of the earlier ones.
 
     A finished shot is noised to ``t_c`` and its keys and values are written in one pass of its own, seeing the history
-    that it was generated from; guidance keeps a second cache, written with the negative prompts.
+    that it was generated from; guidance keeps a second cache, written with the negative prompts. Shots that have left
+    the window stay in the cache, and on the device where ``new_cache`` gives it no budget.
 
     Args:
         model: A scene model, tuned with context-causal attention.
@@ -46,6 +49,7 @@ def causal(
         steps: Euler steps for each shot (paper, A.2: 32), their noise levels, or a scheduler, as :class:`Director`
             takes them.
         guidance: Guidance on the texts (default: none).
+        new_cache: Makes an empty cache, as :class:`Director` takes it.
         callback: Called after every step.
 
     Returns:
@@ -57,10 +61,14 @@ def causal(
     """
     given = dict(given or {})
     left_to_generate(scene, given, t_c, in_order=True)
-    director = Director(model, scene, guidance=guidance, t_c=t_c, seed=seed, steps=steps)
+    choice = history or recent()
+    window = choice.window if isinstance(choice, Recent) else 9  # of others, nobody knows before they choose
+    director = Director(
+        model, scene, guidance=guidance, t_c=t_c, seed=seed, steps=steps, window=window, new_cache=new_cache
+    )
     shots = [i for i, shot in enumerate(scene) if shot.role != "global"]
     for i in shots:
-        seen = choose(history or recent(), shots, i)
+        seen = choose(choice, shots, i)
         if i in given:
             director.give(i, given[i], history=seen)
         else:

@@ -9,7 +9,7 @@ from lct_core.generation.director import Director
 from lct_core.generation.euler import Callback, Latents
 from lct_core.generation.guidance import Guidance
 from lct_core.generation.schedulers import Steps
-from lct_core.generation.takes import Take
+from lct_core.generation.takes import Take, in_order
 from lct_core.masks import Pattern
 from lct_core.scene_model import SceneModel
 
@@ -51,7 +51,7 @@ def conditional(
             a context-causal model, after one that would not see it; a scene with nothing to generate, a level outside
             0-1000 and fewer than one step.
     """
-    left = left_to_generate(scene, given, t_c, in_order=pattern == "context_causal")
+    left = left_to_generate(scene, given, t_c, in_order=in_order(pattern))
     director = Director(model, scene, guidance=guidance, t_c=t_c, steps=steps)
     for i, latents in given.items():
         director.give(i, latents)

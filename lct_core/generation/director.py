@@ -2,11 +2,11 @@
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from heapq import merge
 from itertools import count
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
 
@@ -25,32 +25,20 @@ from lct_core.generation.common import (
 )
 from lct_core.generation.euler import Callback, Latents
 from lct_core.generation.guidance import Guidance, branches
-from lct_core.generation.history import choose, recent
+from lct_core.generation.history import choose, recent, room
+from lct_core.generation.kept import Kept, dependents
 from lct_core.generation.schedulers import Steps, call_levels, denoise
-from lct_core.generation.takes import Take
+from lct_core.generation.takes import Take, in_order
+from lct_core.generation.write import Write, check_write, nearest
 from lct_core.masks import Pattern
 from lct_core.scene_model import SceneModel, with_dummy_video
-
-Write = Literal["pass", "nearest"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Kept:
-    """A shot that is done, and what stands for it in what is made from it."""
-
-    latents: Latents
-    shot: ShotInput  # as it was made
-    level: float
-    history: tuple[int, ...]
-    beside: frozenset[int]  # those made with it that it saw
-    pattern: str | Pattern
-    given: bool
 
 
 class _Held(NamedTuple):
     """Keys of one call of a take, which the caches hold until it is kept or not."""
 
     call: int
+    take: Take
     results: dict[int, Latents]
 
 
@@ -83,12 +71,14 @@ class Director:
             (paper, 4.2); ``"nearest"``, as the step of its own take whose level is nearest to t_c wrote them, which
             spares the pass (ours). The latter where one shot was made alone, through the cache, and what is kept is
             the take shot last; all others are written in a pass.
+        window: Most shots in a take and its history, where the take does not say (paper, 4: nine). Caches are made with
+            room for as many; a longer history makes room when it comes.
         new_cache: Makes an empty cache, as ``new_cache(capacity=tokens, branch=name)`` (default: a :class:`KVCache`, or
             one for each expert).
 
     Raises:
-        ValueError: for what is no scene to generate, a level outside 0-1000, an unknown way to write, and one history
-            for both branches, or keys of a single step, where the model does not allow it.
+        ValueError: for what is no scene to generate, a level outside 0-1000, a window without a shot, an unknown way to
+            write, and one history for both branches, or keys of a single step, where the model does not allow it.
     """
 
     def __init__(
@@ -101,16 +91,18 @@ class Director:
         seed: int = 0,
         steps: Steps = 32,
         write: Write = "pass",
+        window: int = 9,
         new_cache: Callable[..., Any] | None = None,
     ) -> None:
         check_levels(t_c)
         check_scene(scene)
         self.model, self.guidance, self.t_c, self.seed, self.steps = model, guidance, t_c, seed, steps
-        self.write: Write = _check_write(write, model, guidance)
+        self.write: Write = check_write(write, model, guidance)
+        self.window = recent(window).window
         self.scene: list[ShotInput] = with_dummy_video(scene, model.adapter)
         self._new_cache = new_cache
         self._caches: list[Any] | None = None
-        self._kept: dict[int, _Kept] = {}
+        self._kept: dict[int, Kept] = {}
         self._stale: frozenset[int] = frozenset()
         self._held: _Held | None = None
         self._texts(range(len(self.scene)))  # refuses negative prompts that do not fit
@@ -141,19 +133,15 @@ class Director:
         """
         if self._caches is None:
             make = self._new_cache or partial(new_cache, self.model)
+            names = ["shared"] if self._shared else ["positive", "negative"]
             texts = self._texts(range(len(self.scene)))
-            names = ["shared"] if self._shared else ["positive", "negative"][: len(texts)]
             self._caches = [
-                make(
-                    capacity=sum(self.model.adapter.shot(shot).tokens for shot in row if shot.latents is not None),
-                    branch=name,
-                )
-                for name, row in zip(names, texts, strict=False)
+                make(capacity=self._room(row), branch=name) for name, row in zip(names, texts, strict=False)
             ]
         return self._caches
 
     def seen(self, take: Take) -> tuple[int, ...]:
-        """The history of a take: its own, or the earlier done shots in the window of nine (:func:`recent`).
+        """The history of a take: its own, or the last done shots before it that fit the window with it.
 
         Raises:
             ValueError: for a take of shots that the scene does not have, and a history of shots that are not done, are
@@ -162,8 +150,8 @@ class Director:
         shots = [i for i, shot in enumerate(self.scene) if shot.role != "global"]
         if unknown := [i for i in take.shots if i not in shots]:
             raise ValueError(f"shots: got {unknown}, expected some of {shots}, the scene's shots counting from 0")
-        first = take.shots[0]
-        seen = choose(recent(), sorted(self._kept), first) if take.history is None else take.history
+        first, left = take.shots[0], max(0, self.window - len(take.shots))
+        seen = choose(recent(left + 1), sorted(self._kept), first) if take.history is None else take.history
         if missing := [i for i in seen if i not in self._kept]:
             raise ValueError(
                 f"history: shots {missing} are not done, expected some of {sorted(self._kept)}; make them first, or "
@@ -180,7 +168,7 @@ class Director:
                 f"history: shots {depending} depend on {list(take.shots)}, which the take makes; leave them out, or "
                 f"let them stand by themselves: director.give({depending[0]}, director.done[{depending[0]}])"
             )
-        if take.pattern == "context_causal" and not take.cached and seen and max(seen) > first:
+        if in_order(take.pattern) and not take.cached and seen and max(seen) > first:
             raise ValueError(
                 f"history: shot {max(seen)} comes after shot {first}, which would not see it in context-causal "
                 "attention; take a pattern that sees it, or the cache, where the history comes first"
@@ -211,7 +199,7 @@ class Director:
         if take.cached:
             self._write((*self._everywhere, *seen))
         holding = take.cached and len(active) == 1 and self.write == "nearest"
-        last = _nearest(levels, level_of(self.t_c, active[0]) / 1000) if holding else None
+        last = nearest(levels, level_of(self.t_c, active[0]) / 1000) if holding else None
         calls = count()
 
         def velocity(latents: list[Latents], t: float) -> list[Latents]:
@@ -224,7 +212,7 @@ class Director:
                 behind=(*self._everywhere, *seen) if take.cached else None,
             )
             if next(calls) == last:
-                self._held = _Held(last, {})
+                self._held = _Held(last, replace(take, history=seen), {})
                 for cache in self.caches:
                     cache.hold()
             return change
@@ -250,6 +238,9 @@ class Director:
         Where it replaces a shot, the keys and values of that and of all that depended on it are dropped, and those that
         were made from it are :attr:`stale`; what did not depend on it keeps its keys to the last bit.
 
+        A shot is kept with the prompt and noise that the scene has now; latents that are done already, kept once more,
+        with those that they were made with.
+
         Args:
             results: What :meth:`shoot` returned for the take, or other latents of the same shots.
             take: What they were made from; with ``history=None``, what :meth:`seen` says now.
@@ -263,15 +254,15 @@ class Director:
         if sorted(results) != list(take.shots):
             raise ValueError(f"results: got shots {sorted(results)}, expected those of the take, {list(take.shots)}")
         self._check(results, t_c)
-        held = self._holds(results, take.shots[0], t_c)
+        held = self._holds(results, replace(take, history=history), t_c)
         self._replaced(take.shots, held=held)
         for n, i in enumerate(take.shots):
-            self._kept[i] = _Kept(
+            self._kept[i] = Kept(
                 latents=results[i],
-                shot=self.scene[i],
+                shot=self._as_made(i, results[i]),
                 level=level_of(self.t_c, i) if t_c is None else t_c,
                 history=(*history, *take.shots[:n]),
-                beside=frozenset(take.shots if take.pattern != "context_causal" else ()) - {i},
+                beside=frozenset(() if in_order(take.pattern) else take.shots) - {i},
                 pattern=take.pattern,
                 given=False,
             )
@@ -297,7 +288,7 @@ class Director:
         history = self.seen(Take((i,), tuple(history)))
         self._replaced([i])
         level = level_of(self.t_c, i) if t_c is None else t_c
-        self._kept[i] = _Kept(
+        self._kept[i] = Kept(
             latents=latents,
             shot=self.scene[i],
             level=level,
@@ -325,6 +316,8 @@ class Director:
         branches([shot], self.guidance, self.model.adapter.traits)  # refuses negative prompts that do not fit
         if i in self._everywhere:
             self._replaced([i])
+        if self._held is not None and i in self._held.take.shots:
+            self._let_go()  # it was written with what the shot was
         self.scene = with_dummy_video(scene, self.model.adapter)
 
     def discard(self, i: int) -> None:
@@ -356,6 +349,12 @@ class Director:
         """Whether one history serves both branches."""
         return self.guidance is not None and self.guidance.shared_history
 
+    def _room(self, row: Sequence[ShotInput]) -> int:
+        """Tokens of the longest history that the window allows, and of what is made behind it."""
+        adapter = self.model.adapter
+        shots = [adapter.shot(shot) for shot in row if shot.latents is not None]
+        return room(shots, self.window, text=adapter.traits.text == "joint")
+
     def _texts(self, row: Iterable[int]) -> list[list[ShotInput]]:
         return branches([self.scene[i] for i in row], self.guidance, self.model.adapter.traits)
 
@@ -371,12 +370,19 @@ class Director:
             noise = history_noise(kept.shot, i, self.seed).to(noise.dtype)
         return as_condition(self.model, replace(kept.shot, latents=noise), kept.latents, kept.level)
 
-    def _holds(self, results: Mapping[int, Latents], i: int, t_c: float | None) -> bool:
-        """Whether the caches hold the keys of these results, at the call that is nearest to their level."""
-        if self._held is None or any(self._held.results.get(n) is not latents for n, latents in results.items()):
+    def _as_made(self, i: int, latents: Latents) -> ShotInput:
+        """The prompt and noise that a shot was made with: latents that are done already were with those of then."""
+        before = self._kept.get(i)
+        return before.shot if before is not None and before.latents is latents else self.scene[i]
+
+    def _holds(self, results: Mapping[int, Latents], take: Take, t_c: float | None) -> bool:
+        """Whether the caches hold the keys of these results of this take, at the call nearest to their level."""
+        if self._held is None or self._held.take != take:
             return False
-        levels = call_levels(self.steps, self.model.adapter.traits.path)
-        return self._held.call == _nearest(levels, (level_of(self.t_c, i) if t_c is None else t_c) / 1000)
+        if any(self._held.results.get(i) is not latents for i, latents in results.items()):
+            return False
+        level = level_of(self.t_c, take.shots[0]) if t_c is None else t_c
+        return self._held.call == nearest(call_levels(self.steps, self.model.adapter.traits.path), level / 1000)
 
     def _let_go(self) -> None:
         """Forget the keys of a take that was not kept."""
@@ -466,12 +472,7 @@ class Director:
         return ("global", branch) if self._shared and i in self._everywhere else i
 
     def _dependents(self, shots: Iterable[int]) -> set[int]:
-        """Every done shot that saw one of these, directly or through others."""
-        saw = {i: {*self._everywhere, *kept.history, *kept.beside} for i, kept in self._kept.items()}
-        found = set(shots)
-        while more := {i for i in saw if i not in found and found & saw[i]}:
-            found |= more
-        return found - set(shots)
+        return dependents(self._kept, shots, seen_by_all=self._everywhere)
 
     def _replaced(self, shots: Sequence[int], *, held: bool = False) -> None:
         """Drop the keys of shots and of all that depended on them, which are stale now; a given one is what it was."""
@@ -489,37 +490,3 @@ class Director:
                 cache.select([entry.id for entry in cache.shots if entry.id not in names])
             if written := [i for i in cache.ids if i in names]:
                 cache.drop(*written)
-
-
-def _nearest(levels: Sequence[float], level: float) -> int:
-    """Which call of a loop is nearest to a level; the last of them where several are."""
-    return min(range(len(levels)), key=lambda n: (abs(levels[n] - level), -n))
-
-
-def _check_write(write: Write, model: SceneModel | Experts, guidance: Guidance | None) -> Write:
-    if write not in get_args(Write):
-        raise ValueError(f"write: got {write!r}, expected one of {get_args(Write)}")
-    shared = guidance is not None and guidance.shared_history
-    if write == "nearest" and (shared or isinstance(model, Experts)):
-        what = "one history for both branches hears no prompt" if shared else "both experts need the keys of a shot"
-        raise ValueError(f'write: got "nearest", but {what}, and a step of its take has not; expected "pass"')
-    if shared:
-        _check_shared(model)
-    return write
-
-
-def _check_shared(model: SceneModel | Experts) -> None:
-    one, traits = model.high if isinstance(model, Experts) else model, model.adapter.traits
-    name = type(one.adapter.model).__name__
-    reasons = {
-        f"the text of {name} takes part in self-attention, and is in every key": traits.text == "joint",
-        'with text="all" a shot hears the prompts of its history': one.text == "all",
-        f"{name} takes more of a prompt than text that is cross-attended": any(
-            extra.prompt and x != traits.text_mask for x, extra in traits.extras.items()
-        ),
-    }
-    for reason, holds in reasons.items():
-        if holds:
-            raise ValueError(
-                f"shared_history: got True, but {reason}; one history cannot serve both branches, expected False"
-            )

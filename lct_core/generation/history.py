@@ -1,6 +1,9 @@
 """Which earlier shots a shot sees when shots are generated one after the other (paper, 3.4)."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from lct_core.layout import Shot
 
 History = Callable[[int, Sequence[int]], Sequence[int]]
 """``history(shot, earlier)``: which of the earlier shots of a scene a shot sees, in this order, all by index.
@@ -9,7 +12,18 @@ The global shot is not among them: it is always seen.
 """
 
 
-def recent(window: int = 9) -> History:
+@dataclass(frozen=True)
+class Recent:
+    """The choice of :func:`recent`."""
+
+    window: int
+
+    def __call__(self, shot: int, earlier: Sequence[int]) -> Sequence[int]:
+        """The last of the earlier shots."""
+        return earlier[len(earlier) - min(len(earlier), self.window - 1) :]
+
+
+def recent(window: int = 9) -> Recent:
     """The last shots that fit the window in which the model was trained, the current one counted.
 
     Args:
@@ -18,9 +32,22 @@ def recent(window: int = 9) -> History:
     Raises:
         ValueError: for a window of less than one shot.
     """
-    if window < 1:
-        raise ValueError(f"window: got {window}, expected at least 1, the current shot")
-    return lambda shot, earlier: earlier[len(earlier) - min(len(earlier), window - 1) :]
+    if not isinstance(window, int) or window < 1:
+        raise ValueError(f"window: got {window!r}, expected at least 1, the current shot")
+    return Recent(window)
+
+
+def room(shots: Sequence[Shot], window: int, *, text: bool) -> int:
+    """Tokens of the longest row that a window allows: the global shot, and as many others, the largest.
+
+    Args:
+        shots: A scene's.
+        window: Most shots in it, the global one not counted.
+        text: Whether their text takes part in self-attention.
+    """
+    sizes = [(shot.role == "global", shot.tokens if text else shot.video) for shot in shots]
+    largest = sorted((size for is_global, size in sizes if not is_global), reverse=True)
+    return sum(largest[:window]) + sum(size for is_global, size in sizes if is_global)
 
 
 def choose(history: History, scene: Sequence[int], shot: int) -> list[int]:

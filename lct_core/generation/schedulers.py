@@ -107,7 +107,7 @@ def call_levels(steps: Steps, path: Path) -> list[float]:
         )
     if "num_train_timesteps" not in config:
         raise ValueError(f"steps: this {name} has no num_train_timesteps, which turn its timesteps into noise levels")
-    levels = [float(t) / config["num_train_timesteps"] for t in steps.timesteps]
+    levels = [t / config["num_train_timesteps"] for t in steps.timesteps.tolist()]
     if not _arrives(steps, levels):
         raise ValueError(
             f"steps: this {name} does not lead from noise, 1, to data, 0, along a straight line (some leave noise in "
@@ -119,7 +119,7 @@ def call_levels(steps: Steps, path: Path) -> list[float]:
 def _arrives(scheduler: Scheduler, levels: Sequence[float]) -> bool:
     """Whether a scheduler takes noise of -1 to data of 1, when told the way there."""
     copy, options = deepcopy(scheduler), _seeded(scheduler, 0)
-    z = torch.full((1, 1, 1, 1, 1), -1.0)
+    z = torch.full((1, 1, 1, 1, 1), -1.0, device=scheduler.timesteps.device)  # where its own numbers are
     for timestep, t in zip(scheduler.timesteps, levels, strict=True):
         if not 0 < t <= 1:
             return False

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lct_core.masks import Pattern
+from lct_core.masks import Pattern, context_causal
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class Take:
 
     Args:
         shots: The shots to make together, in the scene's order.
-        history: The done shots that they see, in this order (default: those earlier ones that :func:`recent` chooses).
-            The global shot is always seen, and not among them.
+        history: The done shots that they see, in this order (default: the last ones before them that fit the director's
+            window with them). The global shot is always seen, and not among them.
         cached: Whether the history is seen through its keys and values, each shot's as it was written; else it is in
             the row at its level and runs again in every step. There a shot that is made stands before the first later
             one of the history.
@@ -56,6 +56,11 @@ class Take:
                 f"history: got {list(self.history)} for shots {list(self.shots)}, expected every shot once, and none "
                 "of those that are made"
             )
+
+
+def in_order(pattern: str | Pattern) -> bool:
+    """Whether a pattern is context-causal, by its name or itself: no shot sees a later one."""
+    return pattern in ("context_causal", context_causal)
 
 
 def _indices(name: str, shots: Sequence[int]) -> tuple[int, ...]:

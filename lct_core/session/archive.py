@@ -13,7 +13,7 @@ from lct_core.cache.files import read_tensors, write_tensors
 from lct_core.codec import Codec
 from lct_core.data import read_image, read_video, write_image, write_video
 from lct_core.data.scenes import is_video
-from lct_core.session.book import SessionTake, Settings, listed
+from lct_core.session.book import SessionTake, Settings
 
 _LATENTS, _SHEET = "latents.safetensors", "contact_sheet.png"
 
@@ -102,10 +102,10 @@ class Archive:
         from lct_core.cli.sheet import SceneRows, contact_sheet  # it brings matplotlib
 
         columns = [*zip(take.history, history, strict=True), *((n, take) for n in take.shots)]
-        texts = [f"{n}. {of.script_shot(n).text}" for n, of in columns]
-        scene = SceneRows(texts, {f"take {take.number}": [_read(self.picture(of, n)) for n, of in columns]})
-        title = listed(take.shots) + (f", on the right, from {listed(take.history)}" if history else "")
-        return _whole(path, lambda path: contact_sheet(path, [scene], title=title))
+        texts = [f"{n}. {of.script_shot(n).text} (take {of.number})" for n, of in columns]
+        label = f"take {take.number}" if not history else f"what it sees, then take {take.number}"
+        scene = SceneRows(texts, {label: [_read(self.picture(of, n)) for n, of in columns]})
+        return _whole(path, lambda path: contact_sheet(path, [scene], title=take.told))
 
     def _given(self, take: SessionTake) -> Path:
         return self.folder(take) / f"given{Path(take.file or '').suffix}"
@@ -116,12 +116,17 @@ def _read(path: Path) -> Tensor:
 
 
 def _whole(path: Path, write: Callable[[Path], object]) -> Path:
-    """Let a file take its path only when it is written."""
+    """Let a file take its path only when it is on the disk."""
     partial = path.with_name(f"partial_{path.name}")
     try:
         write(partial)
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
         os.replace(partial, path)
-    except BaseException:
+    except BaseException as error:
         partial.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            why = f"{path}: can't be written ({error.strerror or error}); all takes are whole"
+            raise OSError(error.errno, why) from error
         raise
     return path

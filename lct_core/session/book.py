@@ -7,11 +7,11 @@ it is after, and there is no torn line to make sense of. Undo and branches are l
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from lct_core.cache import Storage
 from lct_core.cache.files import read_json, write_json
-from lct_core.script import Script, ScriptShot, parse_script
+from lct_core.script import SHOT_CUT, Script, ScriptShot, parse_script
 
 FILE = "session.json"
 _FORMAT = "lct session 1"
@@ -75,6 +75,15 @@ class SessionTake:
     def behind(self, shot: int) -> tuple[int, ...]:
         """What the keys and values of one of the shots stand behind: the history, and those made with it before it."""
         return (*self.history, *self.shots[: self.shots.index(shot)])
+
+    @property
+    def told(self) -> str:
+        """The take in words."""
+        of = f"take {self.number}: {listed(self.shots)}"
+        if self.file:
+            return f"{of}, given: {self.file}"
+        draw = f", draw {self.draw}" if self.draw else ""
+        return f"{of}, seeing {listed(self.history)}; seed {self.seed}{draw}"
 
     def script_shot(self, shot: int) -> ScriptShot:
         """What the script says of one of the shots."""
@@ -268,26 +277,30 @@ class Book:
         before = self.shot(n)
         if prompt is None and before is None:
             raise ValueError(f"shots: {n} is after the last, expected a prompt with it, or one from 1 to {self.count}")
+        if prompt is not None and prompt.lstrip().startswith(SHOT_CUT):
+            raise ValueError(f"prompt: got {prompt!r}, expected it without {SHOT_CUT}, which is put before it")
         cut = before.cut if before and continues is None else not continues
         text = ScriptShot(text=before.text if prompt is None and before else prompt or "", cut=cut)
         others = [shot for i in range(1, n) if (shot := self.shot(i))]
         replace(self.script, shots=(*others, text))  # refuses unknown characters, and more
         return text
 
-    def seen(self, shots: Sequence[int], history: Sequence[int] | None) -> dict[int, int]:
+    def seen(self, shots: Sequence[int], history: Sequence[int] | Literal["recent"] | None) -> dict[int, int]:
         """The history of a take of some shots: the take of each that is kept.
 
         Args:
             shots: What is made.
-            history: What it sees, in this order; None for what was chosen, or the last ones that fit the window.
+            history: What it sees, in this order; "recent" for the last ones that fit the window; None for what was
+                chosen, or else these.
 
         Raises:
             ValueError: as :meth:`check_history` does, and for a shot that is not an earlier one.
         """
         first = min(shots)
         chosen = self.state.history if history is None else history
-        if chosen is None:
-            earlier = [n for n in sorted(self.state.kept) if n < first and n not in self.stale]
+        if chosen is None or chosen == "recent":
+            stale = self.stale
+            earlier = [n for n in sorted(self.state.kept) if n < first and n not in stale]
             chosen = earlier[len(earlier) - max(0, min(len(earlier), self.settings.window - len(shots))) :]
         self.check_history(chosen)
         if late := [n for n in chosen if n >= first]:
@@ -312,7 +325,9 @@ class Book:
 
 
 def listed(shots: Sequence[int]) -> str:
-    """Shots in words: at least one."""
+    """Shots in words."""
+    if not shots:
+        return "no other shot"
     return f"shot{'s' if len(shots) > 1 else ''} {', '.join(map(str, shots))}"
 
 

@@ -1,7 +1,7 @@
 """The director of a session, in memory: what it holds follows from the book, whatever was undone or killed."""
 
 from collections.abc import Sequence
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,8 @@ class Live:
         model: The scene model, or the experts that share out its levels.
         codec: Its codec.
         archive: The takes' latents.
-        folder: Where keys and values are saved.
-        budget: Of each cache.
+        folder: Where keys and values are saved, those of each branch of guidance by themselves.
+        budget: Of each cache; without a folder of its own, its files are where they would be saved.
     """
 
     def __init__(
@@ -97,18 +97,24 @@ class Live:
         self._director = director
         return {n: results[book.index(n)] for n in take.shots}
 
-    def save(self, book: Book) -> None:
+    def save(self, book: Book) -> bool:
         """Write the keys and values that there are to disk; :meth:`follow` finds them there in another process.
+
+        Returns:
+            Whether there are any in memory; else what is on disk is all.
 
         Raises:
             OSError: where they can't be written.
         """
+        if self._director is None:
+            return False
         director = self.follow(book)
         self._folder.mkdir(exist_ok=True)
         write_json(self._folder / _WRITTEN, [])  # what it said held for what was written before it
-        for number, cache in enumerate(director.caches):
-            cache.save(self._folder / str(number), self._model)
+        for cache in director.caches:
+            cache.save(self._folder / cache.branch, self._model)
         write_json(self._folder / _WRITTEN, [[n, [*origin.items()]] for n, origin in self._holds.items()])
+        return True
 
     def _new(self, book: Book) -> Director:
         settings = book.settings
@@ -116,6 +122,12 @@ class Live:
         scene = start_scene(
             book.script, self._codec, settings.size, seed=settings.seed, device=self._device, dtype=self._dtype
         )
+        kind, folder, budget = self._kind, self._folder, self._budget
+
+        def new_cache(*, capacity: int, branch: str) -> Any:
+            near = _budget_of(branch, budget, folder)
+            return kind(capacity=capacity, storage=settings.storage, budget=near, branch=branch)
+
         return Director(
             self._model,
             scene,
@@ -123,7 +135,8 @@ class Live:
             t_c=settings.t_c,
             seed=settings.seed,
             steps=schedule(settings.steps, shift=settings.shift),
-            new_cache=partial(self._kind, storage=settings.storage, budget=self._budget),
+            window=settings.window,
+            new_cache=new_cache,
         )
 
     @property
@@ -146,13 +159,18 @@ class Live:
         good = {book.index(n) for n, origin in written.items() if self._holds.get(n) == origin}
         if not good:
             return  # nor are both branches there, where saving was cut short
-        for number in range(len(director.caches)):
+        for number, branch in enumerate([cache.branch for cache in director.caches]):
             try:
                 cache = self._kind.load(
-                    self._folder / str(number), self._model, device=self._device, budget=self._budget
+                    self._folder / branch,
+                    self._model,
+                    device=self._device,
+                    budget=_budget_of(branch, self._budget, self._folder),
                 )
             except (ValueError, OSError) as error:
-                raise ValueError(f"{error}; or remove {self._folder}: what it holds is then made again") from error
+                raise ValueError(
+                    f"{error}; if its files are damaged, remove {self._folder}: what it held is made again"
+                ) from error
             cache.drop(*(entry.id for entry in cache.held if entry.shot.role == "shot" and entry.id not in good))
             cache.reposition()  # what is left of the selected history closes up, as if it had just been selected
             director.caches[number] = cache
@@ -166,3 +184,8 @@ class Live:
             shape, seed=take.seed, step=take.draw, scene=0, shot=n - 1, device=self._device, dtype=self._dtype
         )
         return ShotInput(text=text[None].to(self._device, self._dtype), latents=noise)
+
+
+def _budget_of(branch: str, budget: Budget | None, folder: Path) -> Budget | None:
+    """A budget whose files go where the branch's cache is saved, unless it names a folder."""
+    return budget and replace(budget, folder=budget.folder or folder / branch)

@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ from lct_core.script import Script
 from lct_core.session.archive import Archive
 from lct_core.session.book import FILE, Book, SessionTake, Settings, listed
 from lct_core.session.live import Live
+
+_TAKES, _CACHE, _SCENE = "takes", "cache", "scene"
 
 
 class ShotRow(NamedTuple):
@@ -70,8 +72,8 @@ class Session:
     ) -> None:
         self.folder, self.model, self.codec = folder, model, codec
         self._book = book
-        self._archive = Archive(folder / "takes", codec, book.settings)
-        self._live = Live(model, codec, self._archive, folder / "cache", budget)
+        self._archive = Archive(folder / _TAKES, codec, book.settings)
+        self._live = Live(model, codec, self._archive, folder / _CACHE, budget)
         self._stamp: tuple[int, int] | None = None  # of the file as this session wrote or read it
 
     @classmethod
@@ -121,15 +123,15 @@ class Session:
             reading: How given files are read: arguments of :func:`lct_core.data.read_video` (default: as they are).
             about: What else to keep with it, as JSON can say it, to be found again as :attr:`about`.
             storage: Of keys and values, as :class:`lct_core.KVCache` takes it.
-            budget: Of the keys and values of each branch of guidance; to be told again to :meth:`open`.
+            budget: Of the keys and values of each branch of guidance; to be told again to :meth:`open`. Files go to
+                the session's own ``cache``, unless it names a folder.
 
         Raises:
-            FileExistsError: the folder holds a session.
+            FileExistsError: the folder holds a session, or something else where one keeps its own.
             ValueError: for a size that the codec or a video file can't take, and settings that generation refuses.
         """
         folder = Path(folder)
-        if (folder / FILE).exists():
-            raise FileExistsError(f"{folder}: already holds a session; open it, or choose another folder")
+        check_new(folder)
         _check_size(size, codec, name="size")
         settings = Settings(
             size=size,
@@ -202,6 +204,11 @@ class Session:
         return None if number is None else self._book.take(number)
 
     @property
+    def chosen(self) -> tuple[int, ...] | None:
+        """What :meth:`history` chose; None for the last shots that fit the window."""
+        return self._book.state.history
+
+    @property
     def branch_name(self) -> str:
         """The present branch."""
         return self._book.branch
@@ -252,7 +259,7 @@ class Session:
     def generate(
         self,
         *shots: int,
-        history: Sequence[int] | None = None,
+        history: Sequence[int] | Literal["recent"] | None = None,
         prompt: str | None = None,
         seed: int | None = None,
         t_c: float | None = None,
@@ -266,8 +273,8 @@ class Session:
 
         Args:
             shots: Which (default: the first that is not kept). The one after the last adds a shot, with a ``prompt``.
-            history: The kept, earlier shots that they see, in this order (default: what :meth:`history` chose, or the
-                last ones that fit the window).
+            history: The kept, earlier shots that they see, in this order; "recent" for the last ones that fit the
+                window, none of them stale (default: what :meth:`history` chose, or else these).
             prompt: What is to be seen, in place of the script's text.
             seed: Of the noise (default: the session's).
             t_c: Level, 0-1000, at which later shots are to see these (default: the session's).
@@ -333,6 +340,7 @@ class Session:
         """
         book, take = self._book, self.present
         if stale:
+            self._check_unchanged()  # before files are written
             for n in sorted(set(stale)):
                 book = self._kept_again(book, n)
             self._commit(replace(self._book, takes=book.takes).then(kept=book.state.kept))
@@ -470,32 +478,42 @@ class Session:
         texts = tuple(book.kept(n).script_shot(n) for n in range(1, last + 1))
         script = replace(book.script, shots=texts)
         frames = [self._archive.frames(book.kept(n), n) for n in range(1, last + 1)]
-        own = self.folder / "scene"
-        folder = own.with_name("scene.partial") if out is None else Path(out)
+        own = self.folder / _SCENE
+        folder = own.with_name(f"{_SCENE}.partial") if out is None else Path(out)
         if out is None:
             shutil.rmtree(folder, ignore_errors=True)
         fps = self.settings.fps
-        write_scene(folder, VideoScene(script=script, shots=tuple(frames)), fps=fps)
-        views = write_views(folder, [text.text for text in texts], frames, label=book.branch, fps=fps)
+        try:
+            write_scene(folder, VideoScene(script=script, shots=tuple(frames)), fps=fps)
+            views = write_views(folder, [text.text for text in texts], frames, label=f"branch {book.branch}", fps=fps)
+        except BaseException:
+            if out is None:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
         if out is None:
             shutil.rmtree(own, ignore_errors=True)
             os.replace(folder, own)
         home = own if out is None else folder
         return [home, *(home / view.name for view in views)]
 
-    def save(self) -> None:
+    def save(self) -> Path | None:
         """Write the keys and values of this branch's history to disk too, so that :meth:`open` need not make them.
+
+        Returns:
+            Their folder; None where there are none in memory, and what is on disk is all.
 
         Raises:
             OSError: where they can't be written; nothing else is lost.
         """
         self._check_unchanged()
-        self._live.save(self._book)
+        return self.folder / _CACHE if self._live.save(self._book) else None
 
     def _make(self, take: SessionTake, callback: Callback | None) -> SessionTake:
         self._check_unchanged()
         _level(take.t_c)
-        take = self._archive.write(take, self._live.shoot(self._book, take, callback))
+        latents = self._live.shoot(self._book, take, callback)
+        self._check_unchanged()  # another session's take of this number is not to be overwritten
+        take = self._archive.write(take, latents)
         self._commit(replace(self._book, takes=(*self._book.takes, take)).then(present=take.number))
         return take
 
@@ -503,7 +521,7 @@ class Session:
         """The book after a stale shot was kept as it is, behind the shots that it saw as they are now."""
         if n not in book.stale:
             expected = f"expected some of {list(book.stale)}" if book.stale else "and no other is"
-            raise ValueError(f"stale: shot {n} is not stale, {expected}; keep() alone keeps the present take")
+            raise ValueError(f"stale: shot {n} is not stale, {expected}; without a shot, keep is for the present take")
         old = book.kept(n)
         seen = {i: book.state.kept[i] for i in old.behind(n)}
         if still := [i for i in seen if i in book.stale]:
@@ -532,6 +550,20 @@ class Session:
         except FileNotFoundError:
             return None
         return about.st_ino, about.st_mtime_ns
+
+
+def check_new(folder: Path) -> None:
+    """Refuse a folder in which a session would meet another's files.
+
+    Raises:
+        FileExistsError: naming what is in the way.
+    """
+    if (folder / FILE).exists():
+        raise FileExistsError(f"{folder}: already holds a session; go on with that, or choose another folder")
+    if there := [name for name in (_TAKES, _CACHE, _SCENE) if (folder / name).exists()]:
+        raise FileExistsError(
+            f"{folder / there[0]}: is there without a {FILE}, and would be overwritten; choose another folder"
+        )
 
 
 def _check_size(size: tuple[int, int, int], codec: Codec, *, name: str) -> None:

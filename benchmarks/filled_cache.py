@@ -1,0 +1,66 @@
+"""A KV cache without a model, of random keys and values, for what is timed with it."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from lct_core import KVCache, Shot
+from lct_core.cache import Stage
+
+Publish = Callable[[dict[str, Any]], None]
+Pair = tuple[Tensor, Tensor]
+
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+SITE = "self"
+
+
+class Size(NamedTuple):
+    """A cache without a model: so many layers of so many heads, and shots of so many tokens."""
+
+    depth: int
+    heads: int
+    head_dim: int
+    dtype: torch.dtype
+    shot: Shot
+    rounds: int
+
+    def pair(self, tokens: int, device: str, generator: torch.Generator) -> Pair:
+        """Keys and values, or whatever has their shape, from the normal distribution."""
+        shape = 2, 1, tokens, self.heads, self.head_dim
+        keys, values = torch.randn(shape, dtype=self.dtype, device=device, generator=generator)
+        return keys, values
+
+    @property
+    def diagonal(self) -> Tensor:
+        """Angles of one diagonal step."""
+        return torch.linspace(0, 1, self.head_dim // 2, dtype=torch.float64)[None]
+
+    def told(self) -> dict[str, Any]:
+        """As it is recorded."""
+        return {
+            **{name: getattr(self, name) for name in ("depth", "heads", "head_dim")},
+            "tokens": self.shot.tokens,
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
+
+
+QUICK = Size(2, 2, 32, torch.float32, Shot(8, (2, 4, 4)), 2)
+
+
+def fill(cache: KVCache, shots: Sequence[Shot], size: Size, device: str, generator: torch.Generator) -> None:
+    """Append shots of random keys and values, end to end, under their numbers."""
+    for i, shot in enumerate(shots):
+        cache.begin("anchored", size.diagonal, "interleaved")
+        for layer in range(size.depth):
+            cache.write((layer, SITE), "tokens", *size.pair(shot.tokens, device, generator))
+        cache.stage(Stage((shot,), torch.zeros(1, 1), (cache.end,), (max(shot.grid),)))
+        cache.append(i)
+
+
+def kind(device: str) -> str:
+    """What to call it in a title."""
+    return f"on a {'GPU' if device == 'cuda' else 'CPU'}"

@@ -1,0 +1,56 @@
+"""How a generated shot's keys and values come about: in a pass of its own, or in a step of its take."""
+
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+from lct_core.backbone import Backbone
+from lct_core.experts import Experts
+from lct_core.generation.guidance import Guidance
+from lct_core.scene_model import SceneModel, TextScope
+
+Write = Literal["pass", "nearest"]
+
+
+def nearest(levels: Sequence[float], level: float) -> int:
+    """Which call of a loop is nearest to a level; the last of them where several are."""
+    return min(range(len(levels)), key=lambda n: (abs(levels[n] - level), -n))
+
+
+def check_write(write: Write, model: SceneModel | Experts, guidance: Guidance | None) -> Write:
+    """The way to write, where the model and guidance allow it.
+
+    Raises:
+        ValueError: for an unknown way, keys of a single step where another expert or branch has none of it, and one
+            history for both branches where they would need different ones.
+    """
+    if write not in get_args(Write):
+        raise ValueError(f"write: got {write!r}, expected one of {get_args(Write)}")
+    shared = guidance is not None and guidance.shared_history
+    if write == "nearest" and (shared or isinstance(model, Experts)):
+        what = "one history for both branches hears no prompt" if shared else "both experts need the keys of a shot"
+        raise ValueError(f'write: got "nearest", but {what}, and a step of its take has not; expected "pass"')
+    if shared:
+        one = model.high if isinstance(model, Experts) else model
+        check_shared_history(one.adapter, one.text)
+    return write
+
+
+def check_shared_history(adapter: Backbone, text: TextScope) -> None:
+    """Refuse one history for both branches of guidance, where a prompt is in what a model keeps of it.
+
+    Raises:
+        ValueError: saying where.
+    """
+    traits, name = adapter.traits, type(adapter.model).__name__
+    reasons = {
+        f"the text of {name} takes part in self-attention, and is in every key": traits.text == "joint",
+        'with text="all" a shot hears the prompts of its history': text == "all",
+        f"{name} takes more of a prompt than text that is cross-attended": any(
+            extra.prompt and x != traits.text_mask for x, extra in traits.extras.items()
+        ),
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise ValueError(
+                f"shared_history: got True, but {reason}; one history cannot serve both branches, expected False"
+            )
