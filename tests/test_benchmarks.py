@@ -917,7 +917,8 @@ def test_the_suite_runs_a_quick_case_without_what_draws(tmp_path):
     of_cache = [f"benchmarks/test_cache_{what}.py" for what in ("step", "tiers", "operations")]
     cases = ["benchmarks/test_attention.py::test_attention[cpu-cached-16k-fp32-forward]", *of_cache]
     quick = [sys.executable, "-m", "pytest", *cases, "-m", "not gpu", "--quick", "-q", "-p", "no:cacheprovider"]
-    done = subprocess.run(quick, cwd=ROOT, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
+    alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}  # of no xdist worker
+    done = subprocess.run(quick, cwd=ROOT, env=alone | {"PYTHONPATH": path}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"rate / dense +[\d.]+ \(", done.stdout)
     record = json.loads((harness.QUICK_RESULTS / "cpu-cached-16k-fp32-forward.json").read_text())
