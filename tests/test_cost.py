@@ -242,14 +242,18 @@ def test_a_budget_that_is_too_small_is_told_in_its_own_bytes():
 
 
 def test_a_throughput_is_found_again_from_what_it_gives():
-    true = Throughput(linear=2e9, attention=5e8, call=3e-4, shot=2e-4)
-    kinds = ((1, 0, 1, 1), (5, 3, 1, 1), (5, 9, 1, 4), (9, 1, 2, 2), (2, 5, 1, 3))
-    costs = [Cost(10**6 * n, 10**6 * m, k, j) for n, m, k, j in kinds]
+    true = Throughput(linear=2e9, attention=5e8, call=3e-4, shot=2e-4, together=8e8)
+    kinds = ((1, 0, 1, 1, 0), (5, 3, 1, 1, 0), (5, 9, 1, 4, 9), (9, 1, 2, 2, 0), (2, 5, 1, 3, 5), (2, 9, 3, 3, 2))
+    costs = [Cost(10**6 * n, 10**6 * m, k, j, 10**6 * i) for n, m, k, j, i in kinds]
     found = fitted(costs, [true.seconds(cost) for cost in costs])
-    assert (found.linear, found.attention, found.call, found.shot) == pytest.approx((2e9, 5e8, 3e-4, 2e-4), rel=1e-6)
+    each = found.linear, found.attention, found.call, found.shot, found.together
+    assert each == pytest.approx((2e9, 5e8, 3e-4, 2e-4, 8e8), rel=1e-6)
+    alone = [replace(cost, together=0) for cost in costs]
+    found = fitted(alone, [true.seconds(cost) for cost in alone])
+    assert (found.attention, found.together) == pytest.approx((5e8, 5e8), rel=1e-6)  # it was not measured
     without = replace(true, call=0.0, shot=0.0)
     found = fitted(costs, [without.seconds(cost) for cost in costs])
-    assert (found.linear, found.attention) == pytest.approx((2e9, 5e8), rel=1e-3)
+    assert (found.linear, found.attention, found.together) == pytest.approx((2e9, 5e8, 8e8), rel=1e-3)
 
 
 def test_where_one_term_cannot_be_told_the_rest_is_fitted():

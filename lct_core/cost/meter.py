@@ -38,12 +38,14 @@ class Cost:
         attention: Those of the attention between shots: 4 · head_dim · heads for every attended pair, in each block.
         calls: Passes.
         shots: Those that went through the layers, each counted as often as it did.
+        together: Of the attention, what passes of several shots take: longer calls, which kernels run faster.
     """
 
     linear: int = 0
     attention: int = 0
     calls: int = 0
     shots: int = 0
+    together: int = 0
 
     @property
     def total(self) -> int:
@@ -179,7 +181,8 @@ class Meter:
             if site not in pairs:
                 pairs[site] = self._plan(site, whole, len(shots), step.pattern).pairs
             attention += 2 * heads * sum(keys.channels) * pairs[site]
-        return Cost(sum(self._one(shot).linear for shot in shots), attention, 1, len(shots))
+        together = attention if len(shots) > 1 else 0
+        return Cost(sum(self._one(shot).linear for shot in shots), attention, 1, len(shots), together)
 
     def _plan(self, site: Site, whole: Layout, last: int, pattern: Pattern) -> AttentionPlan:
         """Whom the last shots see at a site, as the engine has it."""

@@ -4,7 +4,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, astuple, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from math import isfinite
 from pathlib import Path
 
@@ -17,10 +17,20 @@ from lct_core.layout import Shot
 from lct_core.masks import PATTERNS
 from lct_core.scene_model import SceneModel
 
-_RATES = ([[1, 0, 0, 0], [0, 1, 0, 0]], [[1, 1, 0, 0]])  # of linear layers and attention apart, or one for both
-_OVERHEADS: tuple[list[list[int]], ...] = ([[0, 0, 1, 0], [0, 0, 0, 1]], [[0, 0, 1, 0]], [[0, 0, 0, 1]], [])
+# Of linear layers, a shot's attention, that of shots together, passes and shots: what has a rate, or an overhead, each.
+_RATES = (
+    [[1, 0, 0, 0, 0], [0, 1, 0, 0, 0], [0, 0, 1, 0, 0]],
+    [[1, 0, 0, 0, 0], [0, 1, 1, 0, 0]],
+    [[1, 1, 1, 0, 0]],
+)
+_OVERHEADS: tuple[list[list[int]], ...] = (
+    [[0, 0, 0, 1, 0], [0, 0, 0, 0, 1]],
+    [[0, 0, 0, 1, 0]],
+    [[0, 0, 0, 0, 1]],
+    [],
+)
 
-_TOGETHER = 3  # shots in a row that is timed
+_TOGETHER = (2, 5)  # shots in the rows that are timed
 
 _LEAST = 0.2  # seconds that a pass is timed for, so that short ones are timed more often
 
@@ -31,9 +41,10 @@ class Throughput:
 
     Args:
         linear: Floating point operations per second in the model's own layers.
-        attention: The same in the attention between shots; with a cache that is streamed, its way included.
+        attention: The same in the attention of a lone shot, also behind a cache: its way to there included.
         call: Seconds that a pass takes whatever is in it.
         shot: Seconds that a shot takes in it whatever its size.
+        together: As ``attention``, of several shots in one pass (default: the same).
         where: What it was measured with, in words.
 
     Raises:
@@ -44,10 +55,11 @@ class Throughput:
     attention: float
     call: float = 0.0
     shot: float = 0.0
+    together: float | None = None
     where: str = ""
 
     def __post_init__(self) -> None:
-        for name in ("linear", "attention", "call", "shot"):
+        for name in ("linear", "attention", "call", "shot", *(["together"] if self.together is not None else [])):
             value, least = getattr(self, name), "0 or more" if name in ("call", "shot") else "above 0"
             number = isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
             if not number or value < 0 or (not value and least == "above 0"):
@@ -55,8 +67,9 @@ class Throughput:
 
     def seconds(self, cost: Cost) -> float:
         """How long some passes take."""
-        by_rate = cost.linear / self.linear + cost.attention / self.attention
-        return by_rate + cost.calls * self.call + cost.shots * self.shot
+        alone = (cost.attention - cost.together) / self.attention
+        together = cost.together / (self.together or self.attention)
+        return cost.linear / self.linear + alone + together + cost.calls * self.call + cost.shots * self.shot
 
     def save(self, path: Path) -> None:
         """Write it as JSON."""
@@ -87,14 +100,18 @@ def fitted(costs: Sequence[Cost], seconds: Sequence[float], *, where: str = "") 
     """
     if not costs or len(costs) != len(seconds):
         raise ValueError(f"costs: got {len(costs)} for {len(seconds)} times, expected at least one, and as many")
-    relative = [[n / t for n in astuple(c)] for c, t in zip(costs, seconds, strict=True)]
+    counts = [(c.linear, c.attention - c.together, c.together, c.calls, c.shots) for c in costs]
+    relative = [[n / t for n in count] for count, t in zip(counts, seconds, strict=True)]
     terms = torch.tensor(relative, dtype=torch.float64)
-    # What is too small to tell is not fitted: then all operations have one rate, or calls or shots no overhead.
+    # What is too small to tell is not fitted: then operations of several kinds have one rate, or calls or shots no
+    # overhead.
     choices = [torch.tensor(rates + overheads).double() for rates in _RATES for overheads in _OVERHEADS]
     best = None
     for choice in choices:
         columns = terms @ choice.T
         scale = columns.amax(dim=0)
+        if not bool((scale > 0).all()):
+            continue  # of a kind that was not measured
         weights = torch.linalg.lstsq(columns / scale, torch.ones(len(terms), 1, dtype=torch.float64)).solution[:, 0]
         error = float((columns / scale @ weights - 1).square().sum())
         if bool((weights > 0).all()) and (best is None or error < best[0]):
@@ -103,8 +120,10 @@ def fitted(costs: Sequence[Cost], seconds: Sequence[float], *, where: str = "") 
         raise ValueError(
             f"costs: got {list(costs)} for {list(seconds)} seconds, which no throughput fits; measure again"
         )
-    linear, attention, call, shot = best[1]
-    return Throughput(linear=1 / linear, attention=1 / attention, call=call, shot=shot, where=where)
+    linear, attention, together, call, shot = best[1]
+    return Throughput(
+        linear=1 / linear, attention=1 / attention, call=call, shot=shot, together=1 / together, where=where
+    )
 
 
 @torch.no_grad()
@@ -118,9 +137,9 @@ def measure(
 ) -> Throughput:
     """Run a few passes of a model, on noise, and see how long they take.
 
-    A shot alone, behind half and behind the whole of the longest history, through a cache; its first frame alone; and
-    some shots together: each once to warm up, then some times, of which the median counts. Under autocast as the caller
-    has it.
+    A shot alone, behind half and behind the whole of the longest history, through a cache; its first frame alone; two
+    shots and five together: each once to warm up, then some times, of which the median counts. Under autocast as the
+    caller has it.
 
     Args:
         model: On the device in question.
@@ -141,12 +160,14 @@ def measure(
     def run(row: Sequence[Shot], cache: KVCache | None) -> Callable[[], object]:
         given = [example(model.adapter, shot, dtype=meter.dtype).to(place.device) for shot in row]
         levels = torch.tensor([0.0 if shot.role == "global" else 0.5 for shot in row])
-        return lambda: model(given, levels, pattern="context_causal", cache=cache)
+        return lambda: model(given, levels, pattern=_pattern(cache), cache=cache)
 
-    def take_time(row: Sequence[Shot], behind: Sequence[Shot], call: Callable[[], object]) -> None:
+    def take_time(
+        row: Sequence[Shot], behind: Sequence[Shot], cache: KVCache | None, call: Callable[[], object]
+    ) -> None:
         whole = [*behind, *row]
         seen, own = tuple(range(len(behind))), tuple(range(len(behind), len(whole)))
-        costs.append(meter.cost(whole, [Pass((), own, seen, PATTERNS["context_causal"], 1)]))
+        costs.append(meter.cost(whole, [Pass((), own, seen, PATTERNS[_pattern(cache)], 1)]))
         seconds.append(_median(call, place.device, rounds))
 
     cache = new_cache()
@@ -154,14 +175,19 @@ def measure(
         call = run([shot], cache)
         call()
         if i in timed:
-            take_time([shot], order[:i], call)
+            take_time([shot], order[:i], cache, call)
         cache.append(i)
     frame = replace(shots[0], grid=(1, *shots[0].grid[1:]))
-    for row in ([frame], [*first, *shots[:_TOGETHER]]):
+    for row in ([frame], *([*first, *shots[:count]] for count in _TOGETHER)):
         call = run(row, None)
         call()
-        take_time(row, [], call)
+        take_time(row, [], None, call)
     return fitted(costs, seconds, where=_where(model, place))
+
+
+def _pattern(cache: KVCache | None) -> str:
+    """What runs through a cache is context-causal, and what runs together mostly is not."""
+    return "bidirectional" if cache is None else "context_causal"
 
 
 def _median(call: Callable[[], object], device: torch.device, rounds: int) -> float:
