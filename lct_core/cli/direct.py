@@ -10,16 +10,15 @@ from click.core import ParameterSource
 from lct_core.cli.factory import current_folder_on_path, own_code
 from lct_core.cli.options import (
     COUNT,
-    FINITE,
-    FPS,
     LEVEL,
-    POSITIVE,
     budget,
     device,
+    sampling,
     seed,
     seeded,
     storage,
     tiers,
+    video,
     within_memory,
 )
 from lct_core.cli.shell import LESS_MEMORY, Shell
@@ -42,30 +41,14 @@ _OWN = ("checkpoint", "device", *_TIERS)  # the machine's: may be said again whe
     show_default=True,
     help="Folder of the session.",
 )
-@click.option("--steps", type=COUNT, default=32, show_default=True, help="Euler steps.")
-@click.option(
-    "--shift",
-    type=POSITIVE,
-    default=1.0,
-    show_default=True,
-    help="Above 1 for more of the steps at high noise, as the base model's pipeline has it; 1 is equal steps.",
-)
-@click.option("--guidance", type=FINITE, default=7.5, show_default=True, help="On the texts; 1 is none.")
-@click.option("--negative", metavar="TEXT", default="", help="Negative prompt of the shots.  [default: empty]")
-@click.option("--negative-global", metavar="TEXT", default="", help="Negative global prompt.  [default: empty]")
+@sampling
 @click.option(
     "--t-c", type=LEVEL, default=100.0, show_default=True, help="Noise level at which shots are seen by later ones."
 )
 @click.option(
     "--window", type=COUNT, help="Most shots that are seen, the current one counted.  [default: as many as in training]"
 )
-@click.option(
-    "--size",
-    metavar="FxHxW",
-    help="Frames, height and width of the shots that are generated.  [default: as the first training shot]",
-)
-@click.option("--fps", type=FPS, help="Frames per second of the videos.  [default: as in training]")
-@click.option("--bf16", is_flag=True, help="Run the model under bfloat16 autocast.")
+@video
 @storage
 @tiers
 @device

@@ -16,16 +16,15 @@ from lct_core.cache import Budget, KVCache, Storage
 from lct_core.cli.factory import current_folder_on_path, own_code
 from lct_core.cli.options import (
     COUNT,
-    FINITE,
-    FPS,
     LEVEL,
-    POSITIVE,
     budget,
     device,
+    sampling,
     seed,
     seeded,
     storage,
     tiers,
+    video,
     within_memory,
 )
 from lct_core.cli.source import ModelCard
@@ -69,17 +68,7 @@ class _Given(NamedTuple):
     multiple=True,
     help="A video or image that is shot SHOT, counted from 1; can be repeated.",
 )
-@click.option("--steps", type=COUNT, default=32, show_default=True, help="Euler steps.")
-@click.option(
-    "--shift",
-    type=POSITIVE,
-    default=1.0,
-    show_default=True,
-    help="Above 1 for more of the steps at high noise, as the base model's pipeline has it; 1 is equal steps.",
-)
-@click.option("--guidance", type=FINITE, default=7.5, show_default=True, help="On the texts; 1 is none.")
-@click.option("--negative", metavar="TEXT", default="", help="Negative prompt of the shots.  [default: empty]")
-@click.option("--negative-global", metavar="TEXT", default="", help="Negative global prompt.  [default: empty]")
+@sampling
 @click.option(
     "--t-c",
     type=LEVEL,
@@ -90,13 +79,7 @@ class _Given(NamedTuple):
     type=COUNT,
     help="Shot after shot: most shots that are seen, the current one counted.  [default: as many as in training]",
 )
-@click.option(
-    "--size",
-    metavar="FxHxW",
-    help="Frames, height and width of the shots that are generated.  [default: as the first training shot]",
-)
-@click.option("--fps", type=FPS, help="Frames per second of the videos.  [default: as in training]")
-@click.option("--bf16", is_flag=True, help="Run the model under bfloat16 autocast.")
+@video
 @storage
 @tiers
 @device

@@ -88,6 +88,38 @@ def within_memory(device: torch.device, *, fix: str) -> Iterator[None]:
         raise ValueError(f"--device: {device} is out of memory; {fix} ({said})") from error
 
 
+def sampling(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``--steps``, ``--shift``, ``--guidance``, ``--negative`` and ``--negative-global``: how shots are generated."""
+    return _with(
+        function,
+        click.option("--steps", type=COUNT, default=32, show_default=True, help="Euler steps."),
+        click.option(
+            "--shift",
+            type=POSITIVE,
+            default=1.0,
+            show_default=True,
+            help="Above 1 for more of the steps at high noise, as the base model's pipeline has it; 1 is equal steps.",
+        ),
+        click.option("--guidance", type=FINITE, default=7.5, show_default=True, help="On the texts; 1 is none."),
+        click.option("--negative", metavar="TEXT", default="", help="Negative prompt of the shots.  [default: empty]"),
+        click.option("--negative-global", metavar="TEXT", default="", help="Negative global prompt.  [default: empty]"),
+    )
+
+
+def video(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``--size``, ``--fps`` and ``--bf16``: of what size and in which arithmetic."""
+    return _with(
+        function,
+        click.option(
+            "--size",
+            metavar="FxHxW",
+            help="Frames, height and width of the shots that are generated.  [default: as the first training shot]",
+        ),
+        click.option("--fps", type=FPS, help="Frames per second of the videos.  [default: as in training]"),
+        click.option("--bf16", is_flag=True, help="Run the model under bfloat16 autocast."),
+    )
+
+
 storage = click.option(
     "--storage",
     type=click.Choice(STORAGES),
@@ -99,7 +131,8 @@ storage = click.option(
 
 def tiers(function: Callable[..., Any]) -> Callable[..., Any]:
     """``--on-device``, ``--on-host`` and ``--cache-folder``; see :func:`budget`."""
-    options = [
+    return _with(
+        function,
         click.option(
             "--on-device",
             type=GIB,
@@ -112,10 +145,7 @@ def tiers(function: Callable[..., Any]) -> Callable[..., Any]:
             type=click.Path(file_okay=False, path_type=Path),
             help="Where what remains is put in files.",
         ),
-    ]
-    for option in reversed(options):
-        function = option(function)
-    return function
+    )
 
 
 def budget(on_device: float | None, on_host: float | None, cache_folder: Path | None) -> Budget | None:
@@ -134,17 +164,15 @@ def budget(on_device: float | None, on_host: float | None, cache_folder: Path | 
 
 def heads(function: Callable[..., Any]) -> Callable[..., Any]:
     """``--heads``, ``--kv-heads``, ``--head-dim`` and ``--dtype`` of an attention; see :func:`check_kv_heads`."""
-    options = [
+    return _with(
+        function,
         click.option("--heads", type=COUNT, default=16, show_default=True, help="Query heads."),
         click.option("--kv-heads", type=COUNT, help="Key and value heads.  [default: as many as --heads]"),
         click.option("--head-dim", type=COUNT, default=128, show_default=True, help="Channels of a head."),
         click.option(
             "--dtype", type=click.Choice([*DTYPES]), default="bfloat16", show_default=True, help="Of keys and values."
         ),
-    ]
-    for option in reversed(options):
-        function = option(function)
-    return function
+    )
 
 
 def check_kv_heads(heads: int, kv_heads: int | None) -> int:
@@ -153,3 +181,10 @@ def check_kv_heads(heads: int, kv_heads: int | None) -> int:
     if heads % kv_heads:
         raise ValueError(f"--kv-heads: got {kv_heads}, expected a divisor of the {heads} of --heads")
     return kv_heads
+
+
+def _with(function: Callable[..., Any], *options: Callable[..., Any]) -> Callable[..., Any]:
+    """A command with some options, in this order."""
+    for option in reversed(options):
+        function = option(function)
+    return function
