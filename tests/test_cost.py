@@ -1,4 +1,4 @@
-"""What a generation takes, planned, against what torch counts and tensors hold while it runs."""
+"""What a generation takes, planned, against the operations and tensors that there are while it runs."""
 
 from dataclasses import replace
 from functools import partial
@@ -6,8 +6,8 @@ from importlib import import_module
 
 import pytest
 import torch
+from operations import Operations
 from test_families import CASES, FAMILIES
-from torch.utils.flop_counter import FlopCounterMode
 from toys import Toy, ToyBackbone
 
 from lct_backbones.mmdit import MMDiT, tiny
@@ -44,9 +44,9 @@ def direct(director, takes):
 
 
 def counted(run):
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), Operations() as counter:
         run()
-    return counter.get_total_flops()
+    return counter.total
 
 
 @pytest.mark.parametrize("case", FIRST, ids=str)

@@ -936,7 +936,7 @@ def test_all_blocks_share_what_is_compiled(monkeypatch):
     """Else a deep model would take minutes to compile, and run into torch's limit of graphs for one function."""
     layout, made = Layout([[Shot(3, (2, 2, 2))]]), []
     monkeypatch.setattr("torch.compile", partial(torch.compile, backend="eager"))
-    for depth in (1, 4):
+    for depth in (2, 4):
         torch.compiler.reset()
         lct.scene_model._compiled.cache_clear()
         torch._dynamo.utils.counters.clear()
@@ -945,7 +945,9 @@ def test_all_blocks_share_what_is_compiled(monkeypatch):
         model(scene, torch.tensor([0.5]))
         made.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     lct.scene_model._compiled.cache_clear()
-    assert made[0] == made[1] == 4  # what comes before and after each of a block's two attentions
+    # A block is four graphs: what comes before and after each of its two attentions. Before torch 2.15, two of the
+    # second block's are made once more, and serve all that follow.
+    assert made[0] == made[1] < 2 * 4
 
 
 def test_a_compiled_model_can_be_copied_and_pickled():
