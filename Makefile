@@ -19,13 +19,19 @@ RESTARTS := 50
 GPU_TESTS = $(shell grep -l 'mark\.gpu' tests/test_*.py)
 GPU_BENCHMARKS = $(filter-out benchmarks/test_attention.py,$(shell grep -l 'mark\.gpu' benchmarks/test_*.py))
 
-.PHONY: demo test lint bench bench-history bench-gpu clean
+.PHONY: demo test test-oldest test-newest lint bench bench-history bench-gpu clean
 
 demo: .venv/ready  ## train, retrofit, tune and generate: LCT seen to work, in runs/demo
 	$(BIN)/lct demo
 
 test: .venv/ready  ## the whole test suite
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+
+test-oldest: .venv-oldest/ready  ## the same with every dependency at its lower bound: make test-oldest ARGS='-m internals'
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+
+test-newest: .venv-newest/ready  ## the same with the newest of every dependency
+	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 lint: .venv/ready  ## formatting, lint and types
 	$(BIN)/ruff format --check .
@@ -65,5 +71,13 @@ runs/site/ready: pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@
 
+.venv-oldest/ready: RESOLUTION := lowest-direct
+.venv-newest/ready: RESOLUTION := highest
+.venv-oldest/ready .venv-newest/ready: pyproject.toml | .venv/ready
+	@echo "setting up $(@D) (a few minutes, once)"
+	$(BIN)/uv venv --quiet --clear --seed --python $(BIN)/python $(@D)
+	$(BIN)/uv pip install --quiet --python $(@D)/bin/python --resolution $(RESOLUTION) --editable '.[dev]'
+	@touch $@
+
 clean:
-	rm -rf .venv runs
+	rm -rf .venv .venv-oldest .venv-newest runs

@@ -57,6 +57,7 @@ def measured(scheme, dtype):
     return list(conformance(tiny, schemes=[scheme], dtypes=[dtype]))
 
 
+@pytest.mark.internals
 @pytest.mark.parametrize(("scheme", "dtype", "invariant", "name"), CASES)
 def test_the_mmdit_conforms(scheme, dtype, invariant, name):
     found = [finding for finding in measured(scheme, dtype) if (finding.invariant, finding.name) == (invariant, name)]

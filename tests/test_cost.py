@@ -21,6 +21,8 @@ from lct_core.generation.takes import Take
 from lct_core.masks import first_frames
 from lct_core.routing import TopK
 
+pytestmark = pytest.mark.internals
+
 FIRST = [import_module(f"families.{family}").CASES[0] for family in FAMILIES]
 
 

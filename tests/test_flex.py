@@ -12,6 +12,8 @@ from lct_core.testing import conformance as suite
 from lct_core.testing.tolerances import BOUNDS, error
 from lct_plugins import flex
 
+pytestmark = pytest.mark.internals
+
 SCENE = Layout([[Shot(3, (1, 2, 2)), Shot(0, (2, 3, 3)), Shot(5, (1, 1, 1)), Shot(1, (1, 4, 3))], [Shot(2, (1, 3, 3))]])
 GAPS = selected_history(SCENE, [[], [0], [0], [0, 2], []])
 

@@ -12,6 +12,8 @@ from lct_backbones.mmdit import PAPER_3B, MMDiT, tiny
 from lct_core import Shot, ShotInput, generation, retrofit
 from lct_core.cost import Cost
 
+pytestmark = pytest.mark.internals
+
 STEPS = 2
 GLOBAL = Shot(3, (1, 2, 3), "global")
 SCENES = {

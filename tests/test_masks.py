@@ -433,6 +433,7 @@ def test_block_mask_of_every_pattern_equals_dense(data):
     check_block_mask(selected_history(layout, data.draw(histories(layout))), block_size)
 
 
+@pytest.mark.internals
 def test_block_mask_equals_the_one_that_torch_makes_of_the_dense_mask():
     shots = [Shot(text=17, grid=(2, 9, 11)), Shot(text=0, grid=(1, 16, 16)), Shot(text=5, grid=(3, 7, 13))]
     plan = selected_history(Layout([shots, shots[:1]]), [[], [0], [0], []])
@@ -448,6 +449,7 @@ def test_block_mask_equals_the_one_that_torch_makes_of_the_dense_mask():
         assert (ours[0].dtype, ours[1].dtype) == (theirs[0].dtype, theirs[1].dtype)
 
 
+@pytest.mark.internals
 @given(plans, st.sampled_from([1, 3]), st.sampled_from([2, 8]))
 def test_flops_are_those_that_run(plan, heads, head_dim):
     q, k, v = (torch.zeros(1, n, heads, head_dim, requires_grad=True) for n in (plan.queries, plan.keys, plan.keys))

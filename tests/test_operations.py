@@ -11,6 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from lct_backbones.mmdit import tiny
 
+pytestmark = pytest.mark.internals
+
 aten = torch.ops.aten
 
 

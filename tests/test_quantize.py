@@ -11,6 +11,8 @@ from lct_core.cache import quantize as module
 from lct_core.cache.quantize import BLOCK, Quantized, quantize, relative_error
 from lct_core.testing.tolerances import error
 
+pytestmark = pytest.mark.internals
+
 FORMATS = {"int8": (127, torch.int8), "fp8": (448, torch.float8_e4m3fn)}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -21,6 +21,8 @@ from lct_core.testing.tolerances import BOUNDS, error
 from lct_plugins import triton_rotary
 from lct_plugins.triton_rotary import naive_norm_rotate, norm_rotate
 
+pytestmark = pytest.mark.internals
+
 PAIRINGS = ("interleaved", "half", "half_per_axis")
 HALF = (torch.float16, torch.bfloat16)
 LENGTHS = (3, 0, 1, 4)

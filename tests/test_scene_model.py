@@ -660,6 +660,7 @@ def test_retrofit_twice_makes_two_engines_of_one_model():
     assert not torch.equal(expected[0][1], expected[1][1])
 
 
+@pytest.mark.internals
 @torch.no_grad()
 def test_a_deep_copy_of_the_backbone_alone_can_be_retrofitted(fresh):
     layout = Layout([[Shot(2, (1, 2, 2)), Shot(1, (1, 1, 2))]])
@@ -909,6 +910,7 @@ def test_shots_run_one_by_one_by_default():
 LARGER = Layout([[Shot(3, (0, 0, 0), role="global"), Shot(2, (2, 2, 2)), Shot(4, (1, 2, 3))]])
 
 
+@pytest.mark.internals
 @torch.no_grad()
 def test_a_compiled_model_equals_it_uncompiled():
     torch.compiler.reset()
@@ -920,6 +922,7 @@ def test_a_compiled_model_equals_it_uncompiled():
     assert worst(cached, expected) <= FLOAT32["compiled"].absolute + FLOAT32["cached"].absolute
 
 
+@pytest.mark.internals
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch.compile's own
 def test_gradients_of_a_compiled_model():
     torch.compiler.reset()
@@ -931,6 +934,7 @@ def test_gradients_of_a_compiled_model():
     assert error(*together) <= FLOAT32["compiled"].absolute
 
 
+@pytest.mark.internals
 @torch.no_grad()
 def test_all_blocks_share_what_is_compiled(monkeypatch):
     """Else a deep model would take minutes to compile, and run into torch's limit of graphs for one function."""
@@ -950,6 +954,7 @@ def test_all_blocks_share_what_is_compiled(monkeypatch):
     assert made[0] == made[1] < 2 * 4
 
 
+@pytest.mark.internals
 def test_a_compiled_model_can_be_copied_and_pickled():
     model = retrofit(tiny(), compile=True)
     assert copy.deepcopy(model).compile
@@ -982,6 +987,7 @@ def saved_bytes(model, scene, t):
     return sum(kept.values())
 
 
+@pytest.mark.internals
 @ADAPTERS
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_checkpointing_changes_memory_and_no_gradient(make, pattern):
@@ -1000,6 +1006,7 @@ def test_checkpointing_changes_memory_and_no_gradient(make, pattern):
     assert saved_bytes(saving, scene, t) < saved_bytes(model, scene, t) / 2
 
 
+@pytest.mark.internals
 def test_checkpointing_recomputes_every_block_once():
     adapter = MMDiTBackbone(tiny())
     calls = []

@@ -968,6 +968,7 @@ def test_frozen_parameters_stay_and_all_others_move():
         assert torch.equal(value, before[name]) == ("blocks" not in name)
 
 
+@pytest.mark.internals
 def test_recomputing_activations_changes_no_loss():
     (plain, expected), (again, reports) = trained(), trained(model=make(gradient_checkpointing=True))
     assert [r.loss for r in reports] == pytest.approx([r.loss for r in expected], rel=1e-6)
@@ -1145,6 +1146,7 @@ def test_every_step_stage_and_seed_draws_something_else():
     assert len(values.unique()) > 0.99 * len(values)
 
 
+@pytest.mark.internals
 def test_recomputed_activations_drop_the_same():
     data, codec = world()
     losses = []

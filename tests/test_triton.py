@@ -21,6 +21,8 @@ from lct_core.testing.tolerances import BOUNDS, error
 from lct_plugins import triton_attention, triton_naive
 from lct_plugins.triton_attention import SPEC, TILES, Tiling, key_tiles, query_tiles
 
+pytestmark = pytest.mark.internals
+
 KERNELS = "lct_plugins._triton_kernels"
 has_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
