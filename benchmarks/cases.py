@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 
 from lct_core import AttentionPlan, Layout, Shot
-from lct_core.masks import PATTERNS
+from lct_core.patterns import PATTERNS
 
 Direction = Literal["forward", "backward", "forward+backward"]
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks import harness
+from benchmarks import harness, provenance
 from benchmarks.cases import Case
 from benchmarks.report import goal
 
@@ -37,7 +37,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: Iterable[pytest.
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
         elif not again and isinstance(case := _case(item), Case):
-            found = harness.standing(case, harness.RESULTS)
+            found = provenance.standing(case, harness.RESULTS)
             if found and found["times"]:
                 losses = f", with losses: {', '.join(found['lost'])}" if found["lost"] else ""
                 item.add_marker(pytest.mark.skip(reason=f"its result stands{losses}; --fresh measures it again"))
@@ -64,7 +64,7 @@ def publish(
     """Keep a record: in its file, beside pytest-benchmark's own numbers, and in the summary."""
 
     def keep(measurement: dict[str, Any]) -> None:
-        harness.write(measurement, harness.QUICK_RESULTS if quick else harness.RESULTS)
+        provenance.write(measurement, harness.QUICK_RESULTS if quick else harness.RESULTS)
         benchmark.extra_info.update({key: measurement[key] for key in ("shape", "times", "comparisons")})
         request.config.stash[PUBLISHED].append(measurement)
 

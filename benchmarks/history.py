@@ -18,20 +18,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import harness
+from benchmarks import harness, provenance, timing
 from benchmarks.report import table
 from lct_core import KVCache, Layout, SceneModel, ShotInput, context_causal
-from lct_core.backbone import collate_shots
-from lct_core.cli.tuned import Tuned, parse_size
+from lct_core.backbone.inputs import collate_shots
+from lct_core.checkpoints.tuned import Tuned
+from lct_core.cli.tuned import parse_size
 from lct_core.codec import Codec
 from lct_core.demo.metrics import adherence, appearance_error, drift
 from lct_core.demo.world import Scene, sample_scene
 from lct_core.generation import Director, Guidance, Step, Take, negative_texts, start_scene
-from lct_core.masks import AttentionPlan, Pattern, first_frames
 from lct_core.noise import keyed_generator
+from lct_core.patterns import Pattern, first_frames
+from lct_core.plan import AttentionPlan
 from lct_core.routing import Tally, TopK
 
-Measure = tuple[dict[str, Any], list[harness.Comparison]]
+Measure = tuple[dict[str, Any], list[timing.Comparison]]
 """A table, as :func:`benchmarks.report.tables` takes it, and what it holds against what."""
 
 RESAMPLED = 1000  # times that scenes are drawn again, to tell how far a ratio hangs on which they were
@@ -159,7 +161,7 @@ def selection(lab: Lab) -> Measure:
     ratio = _ratio(errors["1 and 4, selected from the cache"], errors["1 and 4, run again"])
     return (
         {"title": "Selecting shots, and recomputing without the others", "about": about, "rows": rows},
-        [harness.Comparison("selected: appearance error / run again", ratio)],
+        [timing.Comparison("selected: appearance error / run again", ratio)],
     )
 
 
@@ -192,7 +194,7 @@ def storage(lab: Lab) -> Measure:
                 }
             )
             if kind != "native":
-                comparisons.append(harness.Comparison(f"{name}: appearance error / native", ratio, most=1.1))
+                comparisons.append(timing.Comparison(f"{name}: appearance error / native", ratio, most=1.1))
     about = (
         f"{lab.window} shots in a row. Errors of keys and values are relative to a shot's largest, in its worst layer."
     )
@@ -227,7 +229,7 @@ def writing(lab: Lab) -> Measure:
                 }
             )
         what = f"t_c {t_c:g}, nearest step: appearance error / pass"
-        comparisons.append(harness.Comparison(what, _ratio(errors["nearest"], errors["pass"])))
+        comparisons.append(timing.Comparison(what, _ratio(errors["nearest"], errors["pass"])))
     about = (
         f"{lab.window} shots in a row, both branches of guidance counted. The second shot's first history is shot 1."
     )
@@ -272,7 +274,7 @@ def sparse(lab: Lab, shots: int) -> Measure:
             }
         )
         if name != "all of it":
-            comparisons.append(harness.Comparison(f"{shots} shots, {name}: appearance error / all", ratio))
+            comparisons.append(timing.Comparison(f"{shots} shots, {name}: appearance error / all", ratio))
     about = (
         f"Scenes of {shots} shots; the model was trained on {lab.window} that see all. Pairs are those of queries and "
         "keys, text and the global shot counted; a choice is made for every latent frame of queries, among whole shots "
@@ -341,11 +343,11 @@ def _difference(got: Tensor, want: Tensor) -> float:
     return float((got - want).double().norm() / want.double().norm())
 
 
-def _ratio(errors: Sequence[float], to: Sequence[float]) -> harness.Estimate:
+def _ratio(errors: Sequence[float], to: Sequence[float]) -> timing.Estimate:
     """The ratio of means over scenes; the spread is that over scenes drawn again, with replacement."""
     a, b = torch.tensor([errors, to], dtype=torch.float64)
     drawn = torch.randint(len(a), (RESAMPLED, len(a)), generator=torch.Generator().manual_seed(0))
-    spread = harness.estimate((a[drawn].mean(1) / b[drawn].mean(1)).tolist())
+    spread = timing.estimate((a[drawn].mean(1) / b[drawn].mean(1)).tolist())
     return spread._replace(median=float(a.mean() / b.mean()))
 
 
@@ -381,7 +383,7 @@ def run(lab: Lab, measures: Sequence[Callable[[Lab], Measure]] = MEASURES) -> di
         print("\n".join([found["title"], found["about"], *table(found["rows"])]), end="\n\n", flush=True)
         tables.append(found)
         comparisons += goals
-    return harness.record(
+    return provenance.record(
         "history",
         device="cpu",
         warmup=0,
@@ -410,7 +412,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=32, help="Euler steps")
     given = parser.parse_args(arguments)
     lab = load(given.checkpoint, scenes=given.scenes, steps=given.steps)
-    harness.write(run(lab) | {"name": given.out.stem}, given.out.parent)
+    provenance.write(run(lab) | {"name": given.out.stem}, given.out.parent)
 
 
 if __name__ == "__main__":

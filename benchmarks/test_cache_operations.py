@@ -9,7 +9,7 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks import harness
+from benchmarks import provenance, timing
 from benchmarks.filled_cache import DEVICES, QUICK, SITE, Pair, Publish, Size, fill, kind
 from benchmarks.generation_cost import scene_of
 from benchmarks.test_generation import SMALL, model_of
@@ -42,11 +42,11 @@ def test_what_is_done_between_shots(
         of.begin("anchored", size.diagonal, "interleaved")
         return [of.write((layer, SITE), "tokens", *pair) for layer, pair in enumerate(current)]
 
-    def selecting(*, reposition: bool) -> harness.Run:
+    def selecting(*, reposition: bool) -> timing.Run:
         cache.select(ids)
         return lambda: cache.select(others, reposition=reposition)
 
-    def forked() -> harness.Run:
+    def forked() -> timing.Run:
         fork = cache.fork()
         call(cache)  # goes on in the rows that are shared
         return lambda: call(fork)
@@ -63,7 +63,7 @@ def test_what_is_done_between_shots(
             file.flush()
             os.fsync(file.fileno())
 
-    def saving() -> harness.Run:
+    def saving() -> timing.Run:
         shutil.rmtree(folder := tmp_path / "again", ignore_errors=True)
         return lambda: cache.save(folder, model)
 
@@ -85,28 +85,28 @@ def test_what_is_done_between_shots(
         same(each)
 
     contenders = {
-        "copy": harness.Contender(lambda: lambda: copy.copy_(everything)),
-        "select": harness.Contender(partial(selecting, reposition=False)),
-        "select and move": harness.Contender(partial(selecting, reposition=True)),
-        "fork": harness.Contender(lambda: cache.fork),
-        "first write of a fork": harness.Contender(forked),
-        "plain file": harness.Contender(lambda: writing),
-        "save": harness.Contender(saving),
-        "plain read": harness.Contender(lambda: reading),
-        "load": harness.Contender(lambda: loading),
+        "copy": timing.Contender(lambda: lambda: copy.copy_(everything)),
+        "select": timing.Contender(partial(selecting, reposition=False)),
+        "select and move": timing.Contender(partial(selecting, reposition=True)),
+        "fork": timing.Contender(lambda: cache.fork),
+        "first write of a fork": timing.Contender(forked),
+        "plain file": timing.Contender(lambda: writing),
+        "save": timing.Contender(saving),
+        "plain read": timing.Contender(lambda: reading),
+        "load": timing.Contender(lambda: loading),
     }
     warmup = 1
-    seconds = harness.interleave(contenders, warmup=warmup, rounds=size.rounds, device=device)
+    seconds = timing.interleave(contenders, warmup=warmup, rounds=size.rounds, device=device)
     benchmark.pedantic(contenders["select"].prepare(), rounds=1)
-    times, nbytes = harness.measured(seconds, contenders), everything.nbytes
+    times, nbytes = timing.measured(seconds, contenders), everything.nbytes
     beside = {"save": "plain file", "load": "plain read"}
     against = {
-        name: harness.ratio(seconds[name], seconds[beside.get(name, "copy")])
+        name: timing.ratio(seconds[name], seconds[beside.get(name, "copy")])
         for name in contenders
         if name not in ("copy", *beside.values())
     }
     publish(
-        harness.record(
+        provenance.record(
             f"cache-operations-{device}",
             device=device,
             warmup=warmup,
@@ -114,7 +114,7 @@ def test_what_is_done_between_shots(
             shape={**size.told(), "shots": 9, "bytes": nbytes},
             times=times,
             comparisons=[
-                harness.Comparison(f"{name}: time / {beside.get(name, 'copy')}", value)
+                timing.Comparison(f"{name}: time / {beside.get(name, 'copy')}", value)
                 for name, value in against.items()
             ],
             tables=[

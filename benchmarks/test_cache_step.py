@@ -9,12 +9,12 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks import harness
+from benchmarks import provenance, timing
 from benchmarks.filled_cache import DEVICES, QUICK, SITE, Publish, Size, fill, kind
 from benchmarks.generation_cost import scene_of
 from benchmarks.report import goal
 from lct_core import AttentionPlan, KVCache, Layout, Shot, attend, context_causal
-from lct_core.masks import first_frames
+from lct_core.patterns import first_frames
 from lct_core.routing import TopK, attend_routed
 from lct_core.testing.tolerances import BOUNDS, error
 
@@ -62,18 +62,18 @@ def test_a_step_behind_the_cache(
 
     flops = size.depth * plan.flops(heads=size.heads, head_dim=size.head_dim)
     contenders = {
-        "cached step": harness.Contender(lambda: step, flops),
-        "dense": harness.Contender(lambda: lambda: [_sdpa(q, *p) for q, p in zip(queries, seen, strict=True)], flops),
-        "joined": harness.Contender(lambda: joined, flops),
+        "cached step": timing.Contender(lambda: step, flops),
+        "dense": timing.Contender(lambda: lambda: [_sdpa(q, *p) for q, p in zip(queries, seen, strict=True)], flops),
+        "joined": timing.Contender(lambda: joined, flops),
     }
     gate = _check(step()[0], (queries[0], *seen[0]), plan)
     warmup = 2
-    seconds = harness.interleave(contenders, warmup=warmup, rounds=size.rounds, device=device)
+    seconds = timing.interleave(contenders, warmup=warmup, rounds=size.rounds, device=device)
     benchmark.pedantic(step, rounds=1)
-    times = harness.measured(seconds, contenders)
-    dense = harness.Comparison("time / dense", harness.ratio(seconds["cached step"], seconds["dense"]), most=1.05)
+    times = timing.measured(seconds, contenders)
+    dense = timing.Comparison("time / dense", timing.ratio(seconds["cached step"], seconds["dense"]), most=1.05)
     publish(
-        harness.record(
+        provenance.record(
             f"cache-step-{shot}-{device}",
             device=device,
             warmup=warmup,
@@ -82,8 +82,8 @@ def test_a_step_behind_the_cache(
             times=times,
             comparisons=[
                 dense,
-                harness.Comparison(
-                    "time / history joined in every step", harness.ratio(seconds["cached step"], seconds["joined"])
+                timing.Comparison(
+                    "time / history joined in every step", timing.ratio(seconds["cached step"], seconds["joined"])
                 ),
             ],
             gate=gate,
@@ -133,15 +133,15 @@ def test_a_step_that_sees_some_of_the_history(
     }
     pairs = {"all": full.pairs} | {name: of[0][0].pairs for name, of in plans.items()}
     per_pair = 4 * size.heads * size.head_dim
-    contenders = {name: harness.Contender(lambda run=run: run, per_pair * pairs[name]) for name, run in runs.items()}
+    contenders = {name: timing.Contender(lambda run=run: run, per_pair * pairs[name]) for name, run in runs.items()}
     gate = {name: _check(runs[name](), (q, k, v), of[0][0]) for name, of in plans.items()}
     warmup = 2
-    seconds = harness.interleave(contenders, warmup=warmup, rounds=size.rounds, device=device)
+    seconds = timing.interleave(contenders, warmup=warmup, rounds=size.rounds, device=device)
     benchmark.pedantic(runs["top 1"], rounds=1)
-    times = harness.measured(seconds, contenders)
+    times = timing.measured(seconds, contenders)
     shares = {name: pairs[name] / full.pairs for name in plans}
     publish(
-        harness.record(
+        provenance.record(
             f"sparse-step-{shot}-{device}",
             device=device,
             warmup=warmup,
@@ -149,7 +149,7 @@ def test_a_step_that_sees_some_of_the_history(
             shape={**size.told(), "depth": 1, "shot": shot, "keys": full.keys, "pairs": pairs},
             times=times,
             comparisons=[
-                harness.Comparison(f"{name}, {1 - share:.0%} of pairs pruned: {what}", harness.ratio(*of))
+                timing.Comparison(f"{name}, {1 - share:.0%} of pairs pruned: {what}", timing.ratio(*of))
                 for name, share in shares.items()
                 for what, of in (
                     ("times as fast as all", (seconds["all"], seconds[name])),
@@ -167,7 +167,7 @@ def test_a_step_that_sees_some_of_the_history(
                             "History": name,
                             "Pairs pruned": f"{1 - pairs[name] / full.pairs:.0%}",
                             "Milliseconds": 1e3 * times[name]["seconds"],
-                            "Times as fast": harness.ratio(seconds["all"], seconds[name]).median,
+                            "Times as fast": timing.ratio(seconds["all"], seconds[name]).median,
                         }
                         for name in contenders
                     ],

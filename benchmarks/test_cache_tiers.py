@@ -9,7 +9,7 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks import harness
+from benchmarks import provenance, timing
 from benchmarks.filled_cache import DEVICES, Publish, kind
 from benchmarks.generation_cost import cached, scene_of
 from benchmarks.report import goal
@@ -66,11 +66,11 @@ def test_where_the_history_is_kept(
     }
     made: dict[str, Director] = {}
 
-    def contender(name: str) -> harness.Contender:
+    def contender(name: str) -> timing.Contender:
         def run() -> None:
             made[name] = _directed(model, scene, caches[name])
 
-        return harness.Contender(lambda: run)
+        return timing.Contender(lambda: run)
 
     layers, tokens = size.config["depth"], sum(shot.tokens for shot in shots[:-1])
     history = torch.zeros(layers, tokens * size.layer_bytes, dtype=torch.uint8)
@@ -81,28 +81,28 @@ def test_where_the_history_is_kept(
         for layer in history:
             row.copy_(layer, non_blocking=True)
 
-    contenders = {name: contender(name) for name in caches} | {"copy": harness.Contender(lambda: copy)}
+    contenders = {name: contender(name) for name in caches} | {"copy": timing.Contender(lambda: copy)}
     warmup = 1
-    seconds = harness.interleave(contenders, warmup=warmup, rounds=size.rounds, device=device)
+    seconds = timing.interleave(contenders, warmup=warmup, rounds=size.rounds, device=device)
     gate = _check_tiers(made)
     benchmark.pedantic(contenders["host"].prepare(), rounds=1)
-    times = harness.measured(seconds, contenders)
+    times = timing.measured(seconds, contenders)
     bandwidth = Bandwidth(
         brought=_brought(shots) * size.layer_bytes * layers,
         seconds=times["resident"]["seconds"] * (1 if device == "cuda" else SLOWER - 1),
         had=history.nbytes / times["copy"]["seconds"],
     )
     comparisons = {
-        name: harness.Comparison(
+        name: timing.Comparison(
             f"{name}: time / resident",
-            harness.ratio(seconds[name], seconds["resident"]),
+            timing.ratio(seconds[name], seconds["resident"]),
             most=SLOWER if name in ("host", "disk") and bandwidth.enough else None,
         )
         for name in caches
         if name != "resident"
     }
     publish(
-        harness.record(
+        provenance.record(
             f"cache-tiers-{device}",
             device=device,
             warmup=warmup,
@@ -167,7 +167,7 @@ class Bandwidth(NamedTuple):
         )
 
 
-def _tier_row(name: str, seconds: float, against: harness.Comparison | None, cache: KVCache) -> dict[str, Any]:
+def _tier_row(name: str, seconds: float, against: timing.Comparison | None, cache: KVCache) -> dict[str, Any]:
     keys, values = map(max, zip((0.0, 0.0), *cache.errors.values(), strict=True))
     return {
         "History": name,

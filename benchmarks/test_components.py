@@ -11,7 +11,7 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks import harness
+from benchmarks import provenance, timing
 from benchmarks.cases import ragged, row
 from lct_core import Layout, Shot, context_causal, coordinates, plan_rows
 
@@ -84,7 +84,7 @@ def test_block_mask(quick: bool, benchmark: BenchmarkFixture, publish: Publish) 
     plan = context_causal(row(ragged(tokens)))
     peak = subprocess.run(
         [sys.executable, "-c", PEAK_OF_BLOCK_MASK, str(tokens)],
-        cwd=harness.ROOT,
+        cwd=provenance.ROOT,
         env=os.environ
         | {"MALLOC_MMAP_THRESHOLD_": "65536"},  # what is freed goes back, and is counted when taken again
         check=True,
@@ -100,33 +100,33 @@ def test_block_mask(quick: bool, benchmark: BenchmarkFixture, publish: Publish) 
         shape={"tokens": tokens, "shots": 9},
         seconds=1.0,
         rounds=10,
-        more=[harness.Comparison("megabytes at the peak", harness.estimate([megabytes]), most=50.0)],
+        more=[timing.Comparison("megabytes at the peak", timing.estimate([megabytes]), most=50.0)],
     )
 
 
 def _measure(
     name: str,
-    run: harness.Run,
+    run: timing.Run,
     benchmark: BenchmarkFixture,
     publish: Publish,
     *,
     shape: dict[str, Any],
     seconds: float,
     rounds: int,
-    more: list[harness.Comparison] | None = None,
+    more: list[timing.Comparison] | None = None,
 ) -> None:
     warmup = 2
-    contenders = {name: harness.Contender(lambda: run)}
-    times = harness.interleave(contenders, warmup=warmup, rounds=rounds)
+    contenders = {name: timing.Contender(lambda: run)}
+    times = timing.interleave(contenders, warmup=warmup, rounds=rounds)
     benchmark.pedantic(run, rounds=rounds)
     publish(
-        harness.record(
+        provenance.record(
             name,
             device="cpu",
             shape=shape,
             warmup=warmup,
             rounds=rounds,
-            times=harness.measured(times, contenders),
-            comparisons=[harness.Comparison("seconds", harness.estimate(times[name]), most=seconds), *(more or [])],
+            times=timing.measured(times, contenders),
+            comparisons=[timing.Comparison("seconds", timing.estimate(times[name]), most=seconds), *(more or [])],
         )
     )

@@ -8,7 +8,7 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks import harness
+from benchmarks import provenance, timing
 from lct_core import Layout, SceneModel, Shot, ShotInput, attend, bidirectional, own_shot, registry, retrofit
 
 Publish = Callable[[dict[str, Any]], None]
@@ -78,26 +78,26 @@ def test_one_shot(
     given, level = _input(scene_model, shot), torch.tensor([0.5])
     timestep = scene_model.adapter.traits.timestep(level)
     contenders = {
-        "scene model": harness.Contender(lambda: lambda: scene_model([given], level)),
-        "base model": harness.Contender(lambda: lambda: scene_model.adapter.single_shot(given, timestep)),
+        "scene model": timing.Contender(lambda: lambda: scene_model([given], level)),
+        "base model": timing.Contender(lambda: lambda: scene_model.adapter.single_shot(given, timestep)),
     }
     one, base = (contender.prepare()() for contender in contenders.values())
     error = (one[0] - base).abs().max() / base.abs().max()
     assert error <= (2e-6 if scene_model.adapter.traits.text_mask else 0), "one shot is not the base model: not timed"
 
     warmup, rounds = 2, 20
-    seconds = harness.interleave(contenders, warmup=warmup, rounds=rounds)
+    seconds = timing.interleave(contenders, warmup=warmup, rounds=rounds)
     benchmark.pedantic(contenders["scene model"].prepare(), rounds=3)
-    overhead = harness.ratio(seconds["scene model"], seconds["base model"])
+    overhead = timing.ratio(seconds["scene model"], seconds["base model"])
     publish(
-        harness.record(
+        provenance.record(
             f"engine-one-shot-{name}",
             device="cpu",
             warmup=warmup,
             rounds=rounds,
             shape={**_width(scene_model), "depth": depth, "tokens": shot.tokens, "dtype": "float32"},
-            times=harness.measured(seconds, contenders),
-            comparisons=[harness.Comparison("time / base model", overhead, most=1.02)],
+            times=timing.measured(seconds, contenders),
+            comparisons=[timing.Comparison("time / base model", overhead, most=1.02)],
         )
     )
 
@@ -122,18 +122,18 @@ def test_many_shots(
         error = (one - alone).abs().max() / alone.abs().max()  # not 0: a shot stands elsewhere on the diagonal
         assert error <= 1e-5, "shots that see only themselves differ from the base model: not timed"
 
-    def attention(plan: Any) -> harness.Contender:
+    def attention(plan: Any) -> timing.Contender:
         flops = depth * plan.flops(heads=traits.heads, head_dim=traits.head_dim)
-        return harness.Contender(lambda: lambda: [attend(q, k, v, plan) for _ in range(depth)], flops)
+        return timing.Contender(lambda: lambda: [attend(q, k, v, plan) for _ in range(depth)], flops)
 
     contenders = {
-        "scene": harness.Contender(lambda: lambda: scene_model(shots, levels)),
-        "single shots": harness.Contender(lambda: singly),
+        "scene": timing.Contender(lambda: lambda: scene_model(shots, levels)),
+        "single shots": timing.Contender(lambda: singly),
         "attention of the scene": attention(whole),
         "attention of single shots": attention(own),
     }
     warmup, rounds = 1, 10
-    seconds = harness.interleave(contenders, warmup=warmup, rounds=rounds)
+    seconds = timing.interleave(contenders, warmup=warmup, rounds=rounds)
     benchmark.pedantic(contenders["scene"].prepare(), rounds=3)
     expected = [
         single + joined - apart
@@ -143,7 +143,7 @@ def test_many_shots(
     joint, alone = seconds["scene"], seconds["single shots"]
     what = "time / single shots and the joint attention"
     publish(
-        harness.record(
+        provenance.record(
             f"engine-many-shots-{name}",
             device="cpu",
             warmup=warmup,
@@ -155,10 +155,10 @@ def test_many_shots(
                 "tokens": layout.tokens,
                 "dtype": "float32",
             },
-            times=harness.measured(seconds, contenders),
+            times=timing.measured(seconds, contenders),
             comparisons=[
-                harness.Comparison("time / single shots", harness.ratio(joint, alone)),
-                harness.Comparison(what, harness.ratio(joint, expected), most=1.05),
+                timing.Comparison("time / single shots", timing.ratio(joint, alone)),
+                timing.Comparison(what, timing.ratio(joint, expected), most=1.05),
             ],
             extra_attention_flops=extra,
         )

@@ -7,7 +7,7 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks import generation_cost, harness
+from benchmarks import generation_cost, provenance, timing
 from benchmarks.generation_cost import label, scene_of
 from lct_backbones.mmdit import PAPER_3B, MMDiT, tiny
 from lct_core import SceneModel, Shot, ShotInput, generation, retrofit
@@ -76,14 +76,14 @@ def test_generation(device: str, quick: bool, benchmark: BenchmarkFixture, publi
 
     made: dict[str, list[Any]] = {}
 
-    def contender(mode: str, shots: int) -> harness.Contender:
+    def contender(mode: str, shots: int) -> timing.Contender:
         passes = generation_cost.MODES[mode](scene_of(size.shot, shots), steps)
         flops = generation_cost.cost(model.adapter.model, passes).total
 
         def run() -> None:
             made[label(mode, shots)] = MODES[mode](model, scene[: shots + 1], steps)
 
-        return harness.Contender(lambda: run, flops)
+        return timing.Contender(lambda: run, flops)
 
     contenders = {
         label(mode, n): contender(mode, n)
@@ -92,12 +92,12 @@ def test_generation(device: str, quick: bool, benchmark: BenchmarkFixture, publi
         if mode != "recomputed" or n <= size.recomputed
     }
     warmup, both = 1, [n for n in size.counts[1:] if n <= size.recomputed]
-    seconds = harness.interleave(contenders, warmup=warmup, rounds=size.rounds, device=device)
+    seconds = timing.interleave(contenders, warmup=warmup, rounds=size.rounds, device=device)
     if size.dtype == torch.float32:
         gate["differences"] = {str(n): _difference(n, made, ALLOWED[device]) for n in both}
     benchmark.pedantic(contenders[label("cached", most)].prepare(), rounds=1)
     publish(
-        harness.record(
+        provenance.record(
             f"generation-{device}",
             device=device,
             warmup=warmup,
@@ -110,7 +110,7 @@ def test_generation(device: str, quick: bool, benchmark: BenchmarkFixture, publi
                 "steps": steps,
                 "dtype": str(size.dtype).removeprefix("torch."),
             },
-            times=harness.measured(seconds, contenders),
+            times=timing.measured(seconds, contenders),
             comparisons=[c for n in both for c in _speed_up(n, seconds, contenders)],
             gate=gate,
         )
@@ -118,17 +118,17 @@ def test_generation(device: str, quick: bool, benchmark: BenchmarkFixture, publi
 
 
 def _speed_up(
-    shots: int, seconds: dict[str, list[float]], contenders: dict[str, harness.Contender]
-) -> list[harness.Comparison]:
+    shots: int, seconds: dict[str, list[float]], contenders: dict[str, timing.Contender]
+) -> list[timing.Comparison]:
     """What a cache saves, and how much of what the operations it spares would have it save."""
     again, once = label("recomputed", shots), label("cached", shots)
     promise = contenders[again].flops / contenders[once].flops
     what = f"speed-up by the cache, {shots} shots"
     return [
-        harness.Comparison(what, harness.ratio(seconds[again], seconds[once])),
-        harness.Comparison(
+        timing.Comparison(what, timing.ratio(seconds[again], seconds[once])),
+        timing.Comparison(
             f"{what} / in FLOPs",
-            harness.ratio(seconds[again], seconds[once], 1 / promise),
+            timing.ratio(seconds[again], seconds[once], 1 / promise),
             least=0.9 if shots in PROMISED else None,
         ),
     ]

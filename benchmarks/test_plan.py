@@ -10,7 +10,7 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks import harness
+from benchmarks import provenance, timing
 from benchmarks.generation_cost import scene_of
 from benchmarks.test_generation import QUICK, SIZES, Size, model_of, scene_for
 from lct_core import KVCache, SceneModel, Shot
@@ -70,10 +70,10 @@ def test_plan(device: str, quick: bool, benchmark: BenchmarkFixture, publish: Pu
             took, held = _took(model, size, kind, device)
             expected.append(planned.seconds or 0)
             seconds.append(took)
-        comparisons.append(_near(f"{what}: time / planned", harness.ratio(seconds, expected), OFF_TIME))
+        comparisons.append(_near(f"{what}: time / planned", timing.ratio(seconds, expected), OFF_TIME))
         row = {"what": what, "planned, s": median(expected), "took, s": median(seconds)}
         if kind.mode == "causal":
-            of_bytes = harness.ratio([held], [planned.peak_cache])
+            of_bytes = timing.ratio([held], [planned.peak_cache])
             comparisons.append(_near(f"{what}: peak of the cache / planned", of_bytes, OFF_BYTES))
             row |= {"cache planned, bytes": planned.peak_cache, "held, bytes": held}
         rows.append(row)
@@ -84,7 +84,7 @@ def test_plan(device: str, quick: bool, benchmark: BenchmarkFixture, publish: Pu
     benchmark.pedantic(partial(_planned, model, size, KINDS[QUICK_KINDS[0]], device), rounds=1)
     about = "What the planner expects of a generation from a few measured passes, and what that then takes."
     publish(
-        harness.record(
+        provenance.record(
             f"plan-{device}",
             device=device,
             warmup=1,
@@ -144,5 +144,5 @@ def _took(model: SceneModel, size: Size, kind: Kind, device: str) -> tuple[float
     return took, sum(cache.peak_nbytes for cache in director.caches) if kind.mode == "causal" else 0
 
 
-def _near(what: str, value: harness.Estimate, off: float) -> harness.Comparison:
-    return harness.Comparison(what, value, least=1 - off, most=1 + off)
+def _near(what: str, value: timing.Estimate, off: float) -> timing.Comparison:
+    return timing.Comparison(what, value, least=1 - off, most=1 + off)

@@ -8,7 +8,7 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
-from benchmarks import harness
+from benchmarks import provenance, timing
 from lct_core import Rotation, rotate, rotation
 from lct_core.rope import Pairing, Rotary, RowParts, rotate_into
 from lct_plugins import triton_rotary
@@ -40,7 +40,7 @@ def _gradients(out: Tensor, *of: Tensor) -> tuple[Tensor, ...]:
 
 def _contenders(
     parts: list[Tensor], by: Rotation, rotary: Rotary, direction: str
-) -> tuple[dict[str, harness.Contender], float]:
+) -> tuple[dict[str, timing.Contender], float]:
     """Both ways, and the largest difference of their results."""
     row = RowParts(parts, by, parts[0].dtype, rotary)
     slot = torch.empty(row.shape, dtype=row.dtype, device=row.device)
@@ -59,7 +59,7 @@ def _contenders(
         }
         results = [list(run()) for run in runs.values()]
     worst = max(float((a.double() - b.double()).abs().max()) for a, b in zip(*results, strict=True))
-    return {name: harness.Contender(lambda run=run: run) for name, run in runs.items()}, worst
+    return {name: timing.Contender(lambda run=run: run) for name, run in runs.items()}, worst
 
 
 @pytest.mark.parametrize("pairing", ["interleaved", "half"])
@@ -108,7 +108,7 @@ def test_triton_with_the_norm(direction: str, benchmark: BenchmarkFixture, publi
         out = way(given[0], by, given[1], eps=1e-6)
         return _gradients(out, *given) if direction == "both" else out
 
-    contenders = {name: harness.Contender(lambda way=way: lambda: run(way)) for name, way in ways.items()}
+    contenders = {name: timing.Contender(lambda way=way: lambda: run(way)) for name, way in ways.items()}
     _measure(
         f"gpu-norm-rotary-{direction}-{dtype}", contenders, benchmark, publish, device="cuda", tokens=tokens, shots=1
     )
@@ -116,24 +116,24 @@ def test_triton_with_the_norm(direction: str, benchmark: BenchmarkFixture, publi
 
 def _measure(
     name: str,
-    contenders: Mapping[str, harness.Contender],
+    contenders: Mapping[str, timing.Contender],
     benchmark: BenchmarkFixture,
     publish: Publish,
     *,
     device: str = "cpu",
     **shape: int,
 ) -> None:
-    times = harness.interleave(contenders, warmup=WARMUP, rounds=ROUNDS, device=device)
+    times = timing.interleave(contenders, warmup=WARMUP, rounds=ROUNDS, device=device)
     benchmark.pedantic(contenders["in place"].prepare(), rounds=3)
-    ratio = harness.ratio(times["in place"], times["joined"])
+    ratio = timing.ratio(times["in place"], times["joined"])
     publish(
-        harness.record(
+        provenance.record(
             name.replace("torch.", ""),
             device=device,
             shape={"heads": HEADS, "head_dim": HEAD_DIM, **shape},
             warmup=WARMUP,
             rounds=ROUNDS,
-            times=harness.measured(times, contenders),
-            comparisons=[harness.Comparison("time / joined", ratio, most=1.0)],
+            times=timing.measured(times, contenders),
+            comparisons=[timing.Comparison("time / joined", ratio, most=1.0)],
         )
     )

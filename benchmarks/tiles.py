@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks import harness
+from benchmarks import harness, provenance
 from benchmarks.cases import RAGGED, row
 from lct_core import AttentionPlan
-from lct_core.attention import reference
-from lct_core.masks import context_causal
+from lct_core.patterns import context_causal
+from lct_core.plugins.torch_kernels import reference
 from lct_core.testing.tolerances import BOUNDS, error
 from lct_plugins import triton_attention
 from lct_plugins.triton_attention import TILES, Direction, Tiling
@@ -122,7 +122,11 @@ def main() -> None:
     if not torch.cuda.is_available():
         parser.exit(2, "tiles: there is no CUDA device here, and tile sizes are timed on one; nothing was run\n")
     print(f"{'shape':6}{'direction':18}{'rows':>5}{'columns':>9}{'warps':>7}{'stages':>8}{'ms':>10}{'TFLOP/s*':>10}")
-    record = {"versions": harness.versions("cuda"), "machine": harness.machine("cuda"), "source": harness.source()}
+    record = {
+        "versions": provenance.versions("cuda"),
+        "machine": provenance.machine("cuda"),
+        "source": provenance.source(),
+    }
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     results = []
     for found in sweep():

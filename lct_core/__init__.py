@@ -5,30 +5,26 @@ attention plans (``bidirectional``, ``context_causal``, ...) and packing all der
 """
 
 from lct_core.attention import attend
-from lct_core.backbone import (
-    QKV,
-    Backbone,
-    BackboneSpec,
-    Extra,
-    Kernel,
-    KernelRequest,
-    KernelSpec,
-    ShotInput,
-    Site,
-    State,
-    Support,
-    Traits,
-    collate_shots,
-)
+from lct_core.backbone.adapter import QKV, Backbone, Site, State
+from lct_core.backbone.inputs import ShotInput, collate_shots
+from lct_core.backbone.traits import Extra, Traits
 from lct_core.cache import Budget, CachedShot, KVCache
+from lct_core.cache.expert_cache import ExpertCache
 from lct_core.coordinates import coordinates
-from lct_core.experts import ExpertCache, Experts
+from lct_core.experts import Experts
 from lct_core.layout import Layout, Range, Shot
 from lct_core.losses import SceneLoss, scene_loss, tuning_loss
-from lct_core.masks import (
-    AttentionPlan,
-    Segment,
-    Varlen,
+from lct_core.noise import (
+    condition_levels,
+    joint_levels,
+    sample_levels,
+    sample_shot_run,
+    shot_noise,
+    substitute_single_frames,
+)
+from lct_core.packing import pack, plan_rows, unpack
+from lct_core.paths import RectifiedFlow, VariancePreserving
+from lct_core.patterns import (
     bidirectional,
     context_causal,
     first_frames,
@@ -38,18 +34,9 @@ from lct_core.masks import (
     seen_text,
     selected_history,
 )
-from lct_core.noise import (
-    RectifiedFlow,
-    VariancePreserving,
-    condition_levels,
-    joint_levels,
-    sample_levels,
-    sample_shot_run,
-    shot_noise,
-    substitute_single_frames,
-)
-from lct_core.packing import pack, plan_rows, unpack
-from lct_core.plugins import PluginError, Registry, hookimpl, registry
+from lct_core.plan import AttentionPlan, Segment, Varlen
+from lct_core.plugins.hooks import BackboneSpec, Kernel, KernelRequest, KernelSpec, PluginError, Support, hookimpl
+from lct_core.plugins.registry import Registry, registry
 from lct_core.rope import Rotation, angles, axis_frequencies, move, rotate, rotation
 from lct_core.scene_model import SceneModel, retrofit
 

@@ -9,9 +9,12 @@ from jaxtyping import Float
 from torch import Tensor, stack
 from torch.nn import functional as F
 
-from lct_core.backbone import Backbone, ShotInput, describe
-from lct_core.masks import Pattern
-from lct_core.scene_model import Scene, SceneModel, as_scenes, noise_levels
+from lct_core._describe import describe
+from lct_core.backbone.adapter import Backbone
+from lct_core.backbone.inputs import ShotInput
+from lct_core.engine.scene import Scene, as_scenes, noise_levels
+from lct_core.patterns import Pattern
+from lct_core.scene_model import SceneModel
 
 
 class SceneLoss(NamedTuple):

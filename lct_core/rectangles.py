@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from lct_core.layout import Range
-from lct_core.masks import AttentionPlan
+from lct_core.plan import AttentionPlan
 
 
 class Rectangle(NamedTuple):

@@ -5,11 +5,17 @@ their precision whatever the dtype of what is rotated. RoPE: Su et al., arXiv 21
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, Protocol, get_args
+from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float, Shaped
 from torch import Tensor
+
+if TYPE_CHECKING:  # they import the cache
+    pass
+
+from typing import Literal, NamedTuple, Protocol, get_args
+
+from jaxtyping import Float, Shaped
 from torch.autograd.function import once_differentiable
 
 Pairing = Literal["interleaved", "half", "half_per_axis"]
@@ -269,3 +275,20 @@ def move(
     """
     exact = torch.float64 if x.dtype == torch.float64 else torch.float32
     return rotate(x, rotation((steps * diagonal.double())[None].to(x.device), pairing=pairing, dtype=exact))
+
+
+_ANGLES = 1e-5  # of the largest: how far devices may differ in computing them (ours)
+
+
+def same_angles(then: Tensor | None, now: Tensor | None) -> bool:
+    """Whether angles are the same but for what devices make of the last bits; those on ``meta`` are any."""
+    if then is None or now is None:
+        return then is now
+    if then.is_meta or now.is_meta:
+        return True
+    return _close(*(x.double().flatten().tolist() for x in (then, now)))
+
+
+def _close(then: Sequence[float], now: Sequence[float]) -> bool:
+    most = _ANGLES * max(map(abs, now), default=0.0)
+    return len(then) == len(now) and all(abs(a - b) <= most for a, b in zip(then, now, strict=True))

@@ -15,10 +15,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from lct_core._describe import describe
 from lct_core.attention import attend, without_autocast
-from lct_core.backbone import describe
 from lct_core.layout import Layout, Range, consecutive
-from lct_core.masks import AttentionPlan, Segment, bidirectional, context_causal, merged
+from lct_core.patterns import bidirectional, context_causal
+from lct_core.plan import AttentionPlan, Segment, merged
 
 __all__ = ["Plans", "Router", "Tally", "TopK", "attend_routed"]
 

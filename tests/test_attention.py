@@ -12,20 +12,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from lct_core import attention
-from lct_core.attention import attend, reference, sdpa
-from lct_core.backbone import KernelRequest, KernelSpec
+from lct_core.attention import attend
 from lct_core.layout import Layout, Range, Shot
-from lct_core.masks import (
-    AttentionPlan,
-    Segment,
-    bidirectional,
-    context_causal,
-    own_and_global_text,
-    own_shot,
-    selected_history,
-)
-from lct_core.plugins import PluginError, Registry, hookimpl, registry
+from lct_core.patterns import bidirectional, context_causal, own_and_global_text, own_shot, selected_history
+from lct_core.plan import AttentionPlan, Segment
+from lct_core.plugins.hooks import KernelRequest, KernelSpec, PluginError, hookimpl
+from lct_core.plugins.registry import Registry, registry
+from lct_core.plugins.torch_kernels import reference, sdpa
 from lct_core.testing import conformance as suite
+from lct_core.testing import kernels
 from lct_core.testing.strategies import layouts
 from lct_core.testing.tolerances import BOUNDS, error
 
@@ -122,7 +117,7 @@ def test_the_reference_computes_in_float64(plan):
 
 
 def test_sdpa_conforms():
-    findings = list(suite.kernel_conformance("sdpa", dtypes=(torch.float32, torch.bfloat16, torch.float16)))
+    findings = list(kernels.kernel_conformance("sdpa", dtypes=(torch.float32, torch.bfloat16, torch.float16)))
     assert len(findings) == 3 * 6 * 2 * 4  # dtypes, plans, head counts; output and three gradients
     for finding in findings:
         assert finding.holds, finding
@@ -147,7 +142,7 @@ WRONG = {
 @pytest.mark.parametrize("name", WRONG)
 def test_the_conformance_suite_finds_a_wrong_kernel(name, monkeypatch):
     use(monkeypatch, kernel_spec("wrong", WRONG[name]))
-    assert not all(finding.holds for finding in suite.kernel_conformance("wrong", dtypes=[torch.float32]))
+    assert not all(finding.holds for finding in kernels.kernel_conformance("wrong", dtypes=[torch.float32]))
 
 
 def test_the_conformance_suite_leaves_out_what_a_kernel_refuses(monkeypatch):
@@ -155,11 +150,11 @@ def test_the_conformance_suite_leaves_out_what_a_kernel_refuses(monkeypatch):
         return ["gradients"] if request.grad else ["gaps"] if request.plan.form == "gathered" else []
 
     use(monkeypatch, kernel_spec("mine", refusals=refusals))
-    findings = list(suite.kernel_conformance("mine", dtypes=[torch.float32], grad=False))
+    findings = list(kernels.kernel_conformance("mine", dtypes=[torch.float32], grad=False))
     assert len(findings) == 4 * 2
     assert not any("gaps" in finding.case for finding in findings)
     with pytest.raises(ValueError, match=r"^mine: it refuses every plan in float32: gradients$"):
-        list(suite.kernel_conformance("mine", dtypes=[torch.float32]))
+        list(kernels.kernel_conformance("mine", dtypes=[torch.float32]))
 
 
 @plans
@@ -350,7 +345,7 @@ def test_many_shots_add_their_gradients_up_within_the_bound():
     tensors = draw(plan, dtype=torch.bfloat16, grad=True)
     exact = [x.detach().double().requires_grad_() for x in tensors]
     truth = gradients(lambda *x: attend(*x, plan, kernel="reference"), exact)
-    plain = gradients(lambda *x: suite._eager(*x, plan, x[0].shape[-1] ** -0.5), tensors)
+    plain = gradients(lambda *x: kernels._eager(*x, plan, x[0].shape[-1] ** -0.5), tensors)
     for g, p, t in zip(gradients(lambda *x: attend(*x, plan), tensors), plain, truth, strict=True):
         assert error(g, t) <= BOUNDS[torch.bfloat16]["kernel"].given(error(p, t))
 

@@ -6,11 +6,11 @@ from typing import get_args
 import pytest
 import torch
 
-from lct_core import backbone
-from lct_core.backbone import KernelRequest
 from lct_core.layout import Layout, Shot
-from lct_core.masks import Form, bidirectional, context_causal, selected_history
-from lct_core.plugins import registry
+from lct_core.patterns import bidirectional, context_causal, selected_history
+from lct_core.plan import Form
+from lct_core.plugins.hooks import KernelRequest
+from lct_core.plugins.registry import hooks, registry
 from lct_plugins import auto
 
 SCENE = Layout([[Shot(2, (1, 2, 3))] * 3])
@@ -24,7 +24,7 @@ PLANS = {
 
 def order(monkeypatch, hardware, form):
     """The kernels that are tried, in order, if this were the hardware."""
-    monkeypatch.setattr(backbone, "_hardware", lambda device: hardware)
+    monkeypatch.setattr(hooks, "_hardware", lambda device: hardware)
     request = KernelRequest(PLANS[form], torch.device("cuda"), torch.bfloat16, 2, 2, 64, False)
     return [name for name, rank in registry().ranks(request).items() if rank is not None]
 

@@ -18,15 +18,27 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import compare, generation_cost, harness, history, report, source_tree, test_generation, tiles
+from benchmarks import (
+    compare,
+    gate,
+    generation_cost,
+    harness,
+    history,
+    provenance,
+    report,
+    source_tree,
+    test_generation,
+    tiles,
+    timing,
+)
 from benchmarks.cases import CASES, COMPILED, REFERENCE_GEMM, Case, Goal, row
 from lct_backbones.mmdit import MMDiT
 from lct_core import KernelSpec, Registry, attend, hookimpl, registry, retrofit
-from lct_core.attention import sdpa
+from lct_core.checkpoints.model_card import small_mmdit
 from lct_core.cli import bench, main
-from lct_core.cli.source import small_mmdit
 from lct_core.codec import LinearCodec
 from lct_core.demo.world import PROMPT_LENGTH, VOCABULARY
+from lct_core.plugins.torch_kernels import sdpa
 from lct_plugins import flash, varlen_naive
 
 ROOT = Path(__file__).parents[1]
@@ -95,9 +107,9 @@ def kernels(monkeypatch):
     )
     monkeypatch.setattr(harness, "registry", lambda: registry)
     monkeypatch.setattr("lct_core.attention.registry", lambda: registry)
-    harness._check.cache_clear()
+    gate._check.cache_clear()
     yield registry
-    harness._check.cache_clear()
+    gate._check.cache_clear()
 
 
 # --- cases ---
@@ -168,11 +180,11 @@ def test_flops_are_of_attended_pairs_alone(pattern, last_shot):
 @pytest.mark.parametrize(("peer", "own"), [("raw-flash3", {"dense", "packed"}), ("raw-cudnn", {"dense"})])
 def test_a_raw_peer_is_asked_for_as_many_pairs(peer, own):
     for case in GPU:
-        asked = harness._asked(case, peer)
+        asked = gate._asked(case, peer)
         assert asked.plan.form in own
         assert asked.plan.pairs == pytest.approx(case.plan.pairs, rel=0.02)
         assert (asked == case) == (case.plan.form in own)
-        assert harness._asked(case, "sdpa") == case
+        assert gate._asked(case, "sdpa") == case
 
 
 def test_all_of_a_gpu_fits_its_nine_minutes():
@@ -185,7 +197,7 @@ def test_all_of_a_gpu_fits_its_nine_minutes():
         once = forward * (1 if passes == 1 else 2.5)
         compiled = sum(goal.peer in COMPILED for goal in case.goals if not goal.without)
         contenders = sum(g.peer.startswith("raw-") for g in case.goals) + (len(case.kernels) or kernels) + compiled
-        rounds = max(harness.FEWEST_ROUNDS, min(case.rounds, int(case.budget / (contenders * once))))
+        rounds = max(timing.FEWEST_ROUNDS, min(case.rounds, int(case.budget / (contenders * once))))
         total += start + contenders * ((rounds + 1) * once + (passes - 1) * forward)
         total += 2 * compile_flex * passes * compiled
         kind = case.direction, case.heads, case.head_dim
@@ -220,7 +232,7 @@ def clock(monkeypatch):
             if log is not None:
                 log.append(name)
 
-        return harness.Contender(lambda: run, flops=1e9)
+        return timing.Contender(lambda: run, flops=1e9)
 
     return contender
 
@@ -228,20 +240,20 @@ def clock(monkeypatch):
 def test_rounds_take_turns(clock):
     log = []
     contenders = {name: clock(seconds, log, name) for name, seconds in (("a", 1.0), ("b", 2.0))}
-    assert harness.interleave(contenders, warmup=1, rounds=3) == {"a": [1.0] * 3, "b": [2.0] * 3}
+    assert timing.interleave(contenders, warmup=1, rounds=3) == {"a": [1.0] * 3, "b": [2.0] * 3}
     assert "".join(log) == "abbaabba"
 
 
 @pytest.mark.parametrize(("budget", "rounds"), [(1, 2), (30, 10), (1000, 20)])
 def test_rounds_keep_to_a_budget_but_for_two(clock, budget, rounds):
     contenders = {"a": clock(1.0), "b": clock(2.0)}
-    assert [*map(len, harness.interleave(contenders, warmup=2, rounds=20, budget=budget).values())] == [rounds] * 2
+    assert [*map(len, timing.interleave(contenders, warmup=2, rounds=20, budget=budget).values())] == [rounds] * 2
 
 
 def test_ratios_are_taken_within_a_round():
     drifting = [1.0, 2.0, 4.0, 8.0]
-    assert harness.ratio([2 * t for t in drifting], drifting) == (2, 2, 2)
-    times = harness.measured({"a": [1.0, 2.0, 3.0]}, {"a": harness.Contender(lambda: lambda: None, 8e9)})
+    assert timing.ratio([2 * t for t in drifting], drifting) == (2, 2, 2)
+    times = timing.measured({"a": [1.0, 2.0, 3.0]}, {"a": timing.Contender(lambda: lambda: None, 8e9)})
     assert times["a"]["gflops_per_second"] == 4
 
 
@@ -249,9 +261,9 @@ def test_a_contender_that_fails_late_is_named(clock):
     def crash():
         raise ZeroDivisionError
 
-    contenders = {"a": clock(1.0), "b": harness.Contender(lambda: crash)}
-    with pytest.raises(harness.Failed, match=r"^b$"):
-        harness.interleave(contenders, warmup=0, rounds=1)
+    contenders = {"a": clock(1.0), "b": timing.Contender(lambda: crash)}
+    with pytest.raises(timing.Failed, match=r"^b$"):
+        timing.interleave(contenders, warmup=0, rounds=1)
 
 
 @pytest.fixture
@@ -273,7 +285,7 @@ def driver(monkeypatch, tmp_path, script):
 def test_the_clock_and_power_of_a_gpu_are_sampled_while_it_runs(gpu, monkeypatch, tmp_path):
     lines = r"1700, 650.5\n1500, 640.5\n1600, [N/A]\n17"  # the last is cut off
     asked = driver(monkeypatch, tmp_path, f"printf '{lines}'; touch {tmp_path}/told; exec sleep 60")
-    with harness.Running("cuda") as running:
+    with timing.Running("cuda") as running:
         while not (tmp_path / "told").exists():
             time.sleep(0.01)
     estimates = running.estimates()
@@ -281,19 +293,19 @@ def test_the_clock_and_power_of_a_gpu_are_sampled_while_it_runs(gpu, monkeypatch
     assert estimates["power_watts"]["median"] == 645.5
     assert re.search("--id=GPU-some-uuid --query-gpu=clocks.sm,power.draw .*--loop-ms=200", asked.read_text())
     assert len(asked.read_text().splitlines()) == 1
-    with harness.Running("cpu") as running:
+    with timing.Running("cpu") as running:
         pass
     assert running.estimates() == {}
 
 
 def test_a_gpu_without_its_driver_s_tool_is_recorded_without(gpu, monkeypatch, tmp_path):
     driver(monkeypatch, tmp_path, "echo 570.1")
-    assert harness._gpu.__wrapped__() == {"gpu": "Some GPU", "driver": "570.1", "cuda": str(torch.version.cuda)}
+    assert provenance._gpu.__wrapped__() == {"gpu": "Some GPU", "driver": "570.1", "cuda": str(torch.version.cuda)}
     driver(monkeypatch, tmp_path, "exit 6")  # as for a part of a GPU, which has another id
-    assert harness._gpu.__wrapped__()["driver"] == "unknown"
+    assert provenance._gpu.__wrapped__()["driver"] == "unknown"
     monkeypatch.setenv("PATH", "")
-    assert harness._gpu.__wrapped__()["driver"] == "unknown"
-    with harness.Running("cuda") as running:
+    assert provenance._gpu.__wrapped__()["driver"] == "unknown"
+    with timing.Running("cuda") as running:
         pass
     assert running.estimates() == {}
 
@@ -330,7 +342,7 @@ def test_a_case_from_end_to_end(kernels, tmp_path, direction):
     assert min(measurement["roofline"].values()) > 0
     assert measurement["rounds"] == 3
     assert measurement["versions"]["lct-core"] == version("lct-core")
-    harness.write(measurement, tmp_path)
+    provenance.write(measurement, tmp_path)
     assert json.loads((tmp_path / "tiny.json").read_text()) == json.loads(json.dumps(measurement))
 
 
@@ -395,8 +407,8 @@ def test_a_kernel_that_takes_the_gpu_with_it_is_left_out_of_the_next_run(kernels
     with pytest.raises(harness.DeviceLost, match="tiny: the GPU is lost") as caught:
         harness.measure(TINY)
     monkeypatch.setattr(harness, "alive", alive)
-    harness.write(caught.value.record, tmp_path)
-    begun = harness.standing(TINY, tmp_path)
+    provenance.write(caught.value.record, tmp_path)
+    begun = provenance.standing(TINY, tmp_path)
     assert begun["times"] == {}
     assert begun["lost"] == {"broken": "RuntimeError: no such engine"}
     assert harness.measure(TINY, lost=begun["lost"])["lost"]["broken"] == "RuntimeError: no such engine"
@@ -409,10 +421,10 @@ def test_a_kernel_that_takes_the_gpu_with_it_while_it_is_timed_is_the_culprit(ke
         return crash() if next(calls) == 2 else sdpa(*args)  # the gate, the first call, and then
 
     announce(kernels, spec("late", late))
-    with pytest.raises(harness.Failed, match="late"):
+    with pytest.raises(timing.Failed, match="late"):
         harness.measure(TINY, kernels=["sdpa", "late", "good"])
     calls = iter(range(9))
-    harness._check.cache_clear()
+    gate._check.cache_clear()
     monkeypatch.setattr(harness, "alive", mortal(1))
     with pytest.raises(harness.DeviceLost) as caught:
         harness.measure(TINY, kernels=["sdpa", "late", "good"])
@@ -464,34 +476,34 @@ def test_raw_fa3_is_its_own_functions(kernels, monkeypatch, direction, scenes, p
 
 
 def test_a_result_stands_until_what_it_depends_on_changes(kernels, tmp_path, monkeypatch):
-    assert harness.standing(TINY, tmp_path) is None
+    assert provenance.standing(TINY, tmp_path) is None
     measurement = harness.measure(TINY, kernels=["sdpa"])
-    harness.write(measurement, tmp_path)
-    assert harness.standing(TINY, tmp_path)["times"]
-    assert harness.standing(TINY.scaled(64), tmp_path) is None
+    provenance.write(measurement, tmp_path)
+    assert provenance.standing(TINY, tmp_path)["times"]
+    assert provenance.standing(TINY.scaled(64), tmp_path) is None
     for part, change in (("machine", {"threads": 0}), ("versions", {"torch": "0"}), ("source", {"digest": "0"})):
-        harness.write(measurement | {part: measurement[part] | change}, tmp_path)
-        assert harness.standing(TINY, tmp_path) is None
+        provenance.write(measurement | {part: measurement[part] | change}, tmp_path)
+        assert provenance.standing(TINY, tmp_path) is None
 
 
 def test_the_source_is_told_without_a_repository(monkeypatch, tmp_path):
     def nowhere(*command):
         raise FileNotFoundError("git")
 
-    known = harness.source()
-    monkeypatch.setattr(harness, "_output", nowhere)
-    assert harness.source.__wrapped__() == {"commit": None, "dirty": None, "digest": known["digest"]}
-    monkeypatch.setattr(harness, "ROOT", tmp_path)
-    assert harness.source.__wrapped__()["digest"] != known["digest"]
+    known = provenance.source()
+    monkeypatch.setattr(provenance, "_output", nowhere)
+    assert provenance.source.__wrapped__() == {"commit": None, "dirty": None, "digest": known["digest"]}
+    monkeypatch.setattr(provenance, "ROOT", tmp_path)
+    assert provenance.source.__wrapped__()["digest"] != known["digest"]
 
 
 def test_the_gate_measures_grouped_heads_against_the_definition(kernels):
     """By hand: the error that the gate reports is that of the kernel."""
     gate = TINY.gate
-    q, k, v = harness.attention_tensors(gate)
+    q, k, v = gate.attention_tensors(gate)
     exact = attend(q.double(), k.double(), v.double(), gate.plan, kernel="reference")
     error = (attend(q, k, v, gate.plan, kernel="good") - exact).abs().max() / exact.abs().max()
-    assert harness.check(TINY, "good")["error"] == pytest.approx(error.item())
+    assert gate.check(TINY, "good")["error"] == pytest.approx(error.item())
 
 
 # --- history ---
@@ -753,7 +765,7 @@ def test_other_devices_shapes_and_cases_are_not_compared_unless_told(tmp_path, c
 def test_folders_are_compared_case_by_case(tmp_path):
     for folder, rates in (("old", (500, 500)), ("new", (500, 400))):
         for case, rate in zip(GPU[:2], rates, strict=True):
-            harness.write(gpu_record(case, rate=rate), tmp_path / folder)
+            provenance.write(gpu_record(case, rate=rate), tmp_path / folder)
     changes = compare.compare(tmp_path / "old", tmp_path / "new")
     assert {change.case: change.slower for change in changes} == {GPU[0].name: False, GPU[1].name: True}
     assert compare.render(changes).endswith("1 of 2 slower")
@@ -814,8 +826,8 @@ def test_the_command_lists_cases(capsys, wide):
 
 
 def test_the_command_compares_and_reports(capsys, tmp_path):
-    harness.write(gpu_record(GPU[0]), tmp_path / "old")
-    harness.write(gpu_record(GPU[0], rate=300), tmp_path / "new")
+    provenance.write(gpu_record(GPU[0]), tmp_path / "old")
+    provenance.write(gpu_record(GPU[0], rate=300), tmp_path / "new")
     assert main(["bench", "compare", str(tmp_path / "old"), str(tmp_path / "new")]) == 1
     assert re.search(rf"{GPU[0].name} +mine +0.600 +% of GEMM +SLOWER\n1 of 1 slower\n$", capsys.readouterr().out)
     assert main(["bench", "compare", str(tmp_path / "old"), str(tmp_path / "old")]) == 0

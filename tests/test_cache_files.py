@@ -30,10 +30,10 @@ from hypothesis import strategies as st
 from toys import CROSS, toy
 
 from lct_backbones.mmdit import tiny
-from lct_core import Experts, KVCache, Shot, retrofit
-from lct_core.cache import Budget, files
-from lct_core.cache.files import read_json, read_tensors, write_json, write_tensors
-from lct_core.cache.identity import check_identity, identify
+from lct_core import Experts, KVCache, Shot, files, retrofit
+from lct_core.cache import Budget
+from lct_core.engine.fingerprint import check_identity, identify
+from lct_core.files import read_json, read_tensors, write_json, write_tensors
 
 linux = pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="asks Linux what is mapped where")
 

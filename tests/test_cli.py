@@ -28,9 +28,12 @@ from lct_core import (
     hookimpl,
     registry,
 )
-from lct_core.cli import asked, backbones, conformance, inspect, kernels, main, pictures
-from lct_core.cli.shots import EXAMPLE, Size, costs, parse_shots, shot_names, starts
-from lct_core.masks import PATTERNS, bidirectional, context_causal, own_and_global_text
+from lct_core.cli import asked, backbones, conformance, inspect, kernels, main
+from lct_core.cli.shots import EXAMPLE, Size, costs, parse_shots
+from lct_core.patterns import PATTERNS, bidirectional, context_causal, own_and_global_text
+from lct_core.pictures import attention, packing, style
+from lct_core.pictures import coordinates as coordinate_figures
+from lct_core.pictures.style import shot_names, starts
 from lct_core.testing.strategies import layouts
 
 PICTURES = ["coordinates.png", "attention.png", "packing.png"]
@@ -308,7 +311,7 @@ def test_parse():
 def test_starts_and_boxes_are_where_the_tokens_stand(layout, scheme):
     coords = coordinates(layout, scheme=scheme)
     places = starts(layout, scheme=scheme)
-    chain = list(itertools.chain(*pictures.boxes(layout, scheme=scheme)))
+    chain = list(itertools.chain(*coordinate_figures.boxes(layout, scheme=scheme)))
     for span, shot, start, box in zip(layout.spans, layout.shots, places, chain, strict=True):
         tokens = coords[span.slice]
         video = tokens[shot.text :] if layout.text_first else tokens[: shot.video]
@@ -381,7 +384,7 @@ def test_budget_seed_and_rows(monkeypatch):
         drawn.append((rows, budget))
         return Figure()
 
-    monkeypatch.setattr(pictures, "packing_figure", packing_figure)
+    monkeypatch.setattr(packing, "packing_figure", packing_figure)
     scenes = ["1:1x3x3", "/", "1:1x2x2", "/", "0:1x5x1"]
     for extra in ([], ["--budget", "40"], ["--seed", "5"]):
         assert main(["inspect", *scenes, *extra]) == 0
@@ -394,7 +397,7 @@ def test_budget_seed_and_rows(monkeypatch):
 def test_plan_picture_has_every_attended_pair_and_no_other(text_first):
     layout = parse_shots(EXAMPLE, text_first=text_first)
     plan = context_causal(layout)
-    (axes,) = pictures.plan_figure(layout, plan, pattern="context_causal").axes
+    (axes,) = attention.plan_figure(layout, plan, pattern="context_causal").axes
     tiles, blocks = (axes.collections[k].get_paths() for k in (0, 1))
     for paths in (tiles, blocks):
         drawn = torch.zeros(plan.queries, plan.keys, dtype=torch.int64)
@@ -406,7 +409,7 @@ def test_plan_picture_has_every_attended_pair_and_no_other(text_first):
 
 def test_packing_picture_has_every_token_once():
     layout = parse_shots(EXAMPLE)
-    (axes,) = pictures.packing_figure(layout, [[1, 2], [0]], budget=500).axes
+    (axes,) = packing.packing_figure(layout, [[1, 2], [0]], budget=500).axes
     assert sum(bar.get_width() for bar in axes.patches) == 1000
     widths = [bar.get_width() for bar in axes.patches]
     assert widths == [117, 78, 82, 223, 50, 168, 75, 156, 42, 9]
@@ -418,7 +421,7 @@ def test_packing_picture_has_every_token_once():
 )
 def test_spread_labels(centres, gap):
     last = centres[-1] + gap
-    places = pictures.spread(centres, gap, last=last)
+    places = style.spread(centres, gap, last=last)
     assert len(places) == len(centres)
     assert all(b - a > gap - 1e-9 for a, b in itertools.pairwise(places))
     assert places[-1] <= last + 1e-9
@@ -427,7 +430,7 @@ def test_spread_labels(centres, gap):
 
 
 def test_the_palette_has_a_colour_for_each_of_nine_shots():
-    assert len({*pictures.shot_colours(parse_shots(NINE))}) == 10
+    assert len({*style.shot_colours(parse_shots(NINE))}) == 10
 
 
 # --- backbones and kernels ---

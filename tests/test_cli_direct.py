@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from lct_core.checkpoints.model_card import ModelCard
+from lct_core.checkpoints.tuned import Tuned
 from lct_core.cli import main
-from lct_core.cli.source import ModelCard
-from lct_core.cli.tuned import Tuned
 from lct_core.codec import LinearCodec
 from lct_core.data import read_scene, read_video, write_image
-from lct_core.plugins import registry
+from lct_core.plugins.registry import registry
 from lct_core.session import Book, Session, live
 from lct_core.training import save_checkpoint
 

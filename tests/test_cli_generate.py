@@ -15,8 +15,8 @@ import torch
 
 import lct_core.cli.generate
 from lct_core import generation
+from lct_core.checkpoints.model_card import ModelCard
 from lct_core.cli import main
-from lct_core.cli.source import ModelCard
 from lct_core.data import VideoScene, read_image, read_scene, read_video, write_image, write_scene, write_video
 from lct_core.generation import negative_texts, start_scene
 from lct_core.script import Script, ScriptShot, read_script

@@ -9,9 +9,9 @@ import torch
 from lct_backbones.mmdit import tiny
 from lct_core import Shot, retrofit
 from lct_core.cache.budget import STORAGES
+from lct_core.checkpoints.model_card import ModelCard, small_mmdit
 from lct_core.cli import main
 from lct_core.cli.inspect import short
-from lct_core.cli.source import ModelCard, small_mmdit
 from lct_core.codec import LinearCodec
 from lct_core.cost import Throughput, plan, throughput
 from lct_core.training import save_checkpoint

@@ -16,8 +16,8 @@ import pytest
 import torch
 
 import lct_core.cli.tune
+from lct_core.checkpoints.model_card import ModelCard, fit_codec, small_mmdit
 from lct_core.cli import main
-from lct_core.cli.source import ModelCard, fit_codec, small_mmdit
 from lct_core.codec import LinearCodec
 from lct_core.data import SceneFolders, VideoScene, write_scene
 from lct_core.script import Script, ScriptShot

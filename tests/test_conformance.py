@@ -8,8 +8,10 @@ import torch
 
 import lct_core as lct
 from lct_backbones.mmdit import MMDiT, MMDiTBackbone, tiny
-from lct_core import backbone, masks, scene_model
-from lct_core.masks import AttentionPlan, Segment
+from lct_core import patterns, scene_model
+from lct_core.backbone.adapter import adapter as backbone
+from lct_core.engine import call, scene, visibility
+from lct_core.plan import AttentionPlan, Segment
 from lct_core.testing.conformance import Finding, conformance
 from lct_core.testing.tolerances import BOUNDS, Bound, error
 
@@ -287,21 +289,21 @@ def test_outputs_that_are_not_finite_are_reported():
 
 def off_by_one(layout):
     """A causal plan in which a shot sees the first token of the next one too."""
-    plan = masks.context_causal(layout)
+    plan = patterns.context_causal(layout)
     segments = [Segment(q, tuple((k.start, min(k.stop + 1, layout.tokens)) for k in keys)) for q, keys in plan.segments]
     return AttentionPlan(plan.queries, plan.keys, tuple(segments))
 
 
 def test_a_plan_with_an_off_by_one_is_reported(monkeypatch):
-    monkeypatch.setitem(masks.PATTERNS, "context_causal", off_by_one)
+    monkeypatch.setitem(patterns.PATTERNS, "context_causal", off_by_one)
     found = broken()
     assert {(2, "equals the dense-mask definition"), (3, "a shot does not depend on later shots")} <= found
     assert {(4, "cached equals uncached"), (5, "packing changes no scene")} <= found
 
 
 def test_scenes_that_see_one_another_are_reported(monkeypatch):
-    whole = lambda layout: masks.bidirectional(lct.Layout([layout.shots], layout.text_first))  # noqa: E731
-    monkeypatch.setitem(masks.PATTERNS, "bidirectional", whole)
+    whole = lambda layout: patterns.bidirectional(lct.Layout([layout.shots], layout.text_first))  # noqa: E731
+    monkeypatch.setitem(patterns.PATTERNS, "bidirectional", whole)
     assert broken() == {(5, "packing changes no scene")}
 
 
@@ -354,7 +356,7 @@ def original(key):
     return ORIGINALS[key]
 
 
-class Closure(scene_model._Dispatch):
+class Closure(call._Dispatch):
     """Runs the module that it was made for, also in a copy."""
 
     def __init__(self, module):
@@ -370,7 +372,7 @@ class Closure(scene_model._Dispatch):
 
 
 def test_closures_on_the_originals_weights_are_reported(monkeypatch):
-    monkeypatch.setattr(scene_model, "_Dispatch", Closure)
+    monkeypatch.setattr(call, "_Dispatch", Closure)
     for scheme in SCHEMES:
         assert broken(scheme=scheme) == {(8, f"{copy} runs its own weights") for copy in COPIES}
 
@@ -396,9 +398,9 @@ def test_weights_kept_aside_are_reported():
 
 
 def test_an_engine_that_takes_anything_is_reported(monkeypatch):
-    monkeypatch.setattr(scene_model, "_pattern", lambda pattern: masks.PATTERNS.get(pattern, masks.bidirectional))
+    monkeypatch.setattr(visibility, "_pattern", lambda pattern: patterns.PATTERNS.get(pattern, patterns.bidirectional))
     assert broken() == {(9, "refuses an unknown pattern")}
-    monkeypatch.setattr(scene_model, "noise_levels", lambda t, roles, batch: torch.zeros(batch, len(roles)))
+    monkeypatch.setattr(scene, "noise_levels", lambda t, roles, batch: torch.zeros(batch, len(roles)))
     assert {(9, "refuses a noise level above 1"), (9, "refuses a noise level too few")} <= broken()
 
 

@@ -18,7 +18,7 @@ from lct_core.experts import Experts
 from lct_core.generation import Guidance
 from lct_core.generation.director import Director
 from lct_core.generation.takes import Take
-from lct_core.masks import first_frames
+from lct_core.patterns import first_frames
 from lct_core.routing import TopK
 
 pytestmark = pytest.mark.internals

@@ -13,11 +13,11 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
-from lct_core.cli.sheet import SceneRows, contact_sheet
 from lct_core.data import read_video
 from lct_core.demo.film import film
 from lct_core.demo.plots import accumulation, loss_curves, modes
 from lct_core.demo.world import render, sample_scene
+from lct_core.pictures.sheet import SceneRows, contact_sheet
 
 
 def rows_of(seed: int, num_shots: int, *, size: int = 24) -> SceneRows:

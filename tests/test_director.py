@@ -32,7 +32,7 @@ from toys import CROSS, toy
 
 from lct_core import Experts, Extra, KVCache, Shot, retrofit, selected_history
 from lct_core.generation import Director, Guidance, Take, causal, schedule, start_scene
-from lct_core.masks import context_causal, first_frames
+from lct_core.patterns import context_causal, first_frames
 from lct_core.routing import TopK
 from lct_core.script import Script, ScriptShot
 from lct_core.testing.definition import definition

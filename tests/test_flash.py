@@ -16,20 +16,14 @@ from torch.library import Library
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lct_core import attention
-from lct_core.attention import reference
-from lct_core.backbone import KernelRequest, KernelSpec
 from lct_core.layout import Layout, Range, Shot
-from lct_core.masks import (
-    AttentionPlan,
-    Segment,
-    bidirectional,
-    context_causal,
-    own_and_global_text,
-    own_shot,
-    selected_history,
-)
-from lct_core.plugins import Registry, hookimpl
+from lct_core.patterns import bidirectional, context_causal, own_and_global_text, own_shot, selected_history
+from lct_core.plan import AttentionPlan, Segment
+from lct_core.plugins.hooks import KernelRequest, KernelSpec, hookimpl
+from lct_core.plugins.registry import Registry
+from lct_core.plugins.torch_kernels import reference
 from lct_core.testing import conformance as suite
+from lct_core.testing import kernels
 from lct_core.testing.strategies import layouts
 from lct_core.testing.tolerances import BOUNDS, error
 from lct_plugins import flash, varlen, varlen_naive
@@ -176,7 +170,7 @@ def conforms(monkeypatch):
         own.register(Plugin(), name="test")
         for module in (attention, suite):
             monkeypatch.setattr(module, "registry", lambda: own)
-        for finding in suite.kernel_conformance(spec.name, **options):
+        for finding in kernels.kernel_conformance(spec.name, **options):
             assert finding.holds, finding
 
     return run
@@ -628,7 +622,7 @@ def on(monkeypatch):
     """Ask for a kernel's refusals on some hardware."""
 
     def refusals(spec, hardware, head_dim=128, dtype=torch.bfloat16, grad=True):
-        monkeypatch.setattr("lct_core.backbone._hardware", lambda device: hardware)
+        monkeypatch.setattr("lct_core.plugins.hooks._hardware", lambda device: hardware)
         return spec.refusals(KernelRequest(CAUSAL, torch.device("cuda", 0), dtype, 4, 2, head_dim, grad))
 
     return refusals

@@ -3,12 +3,12 @@ from math import prod
 import pytest
 import torch
 
-from lct_core import backbone
 from lct_core.attention import attend
-from lct_core.backbone import KernelRequest
 from lct_core.layout import Layout, Shot
-from lct_core.masks import context_causal, selected_history
-from lct_core.testing import conformance as suite
+from lct_core.patterns import context_causal, selected_history
+from lct_core.plugins.hooks import KernelRequest
+from lct_core.plugins.registry import hooks
+from lct_core.testing import kernels
 from lct_core.testing.tolerances import BOUNDS, error
 from lct_plugins import flex
 
@@ -36,8 +36,8 @@ def test_it_conforms_on_a_cpu(monkeypatch):
     assert mask.kv_num_blocks.sum() > 0
     assert mask.full_kv_num_blocks.sum() > 0
     assert not mask.to_dense().all()
-    monkeypatch.setattr(suite, "_plans", lambda: {"history with gaps": plan})
-    findings = list(suite.kernel_conformance("flex", dtypes=[torch.float32], grad=False))
+    monkeypatch.setattr(kernels, "_plans", lambda: {"history with gaps": plan})
+    findings = list(kernels.kernel_conformance("flex", dtypes=[torch.float32], grad=False))
     assert len(findings) == 2
     for finding in findings:
         assert finding.holds, finding
@@ -172,7 +172,7 @@ def test_sizes_beyond_int32_are_refused():
     ],
 )
 def test_what_flash_refuses(monkeypatch, hardware, options, expected):
-    monkeypatch.setattr(backbone, "_hardware", lambda device: hardware)
+    monkeypatch.setattr(hooks, "_hardware", lambda device: hardware)
     monkeypatch.setattr("lct_plugins.flash4.version", lambda name: "4.0.0b36")
     reasons = flex.FLASH.refusals(request(device="cuda", **options))
     assert len(reasons) == len(expected)

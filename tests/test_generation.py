@@ -31,8 +31,8 @@ from lct_core.generation import (
 )
 from lct_core.generation.common import history_noise
 from lct_core.generation.history import choose
-from lct_core.masks import context_causal
 from lct_core.noise import keyed_generator
+from lct_core.patterns import context_causal
 from lct_core.script import Script, ScriptShot
 from lct_core.testing.definition import definition
 from lct_core.testing.strategies import shots

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lct_core import registry
-from lct_core.testing import conformance
+from lct_core.testing import kernels
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -22,12 +22,12 @@ def test_kernels_and_their_gradients(kernel, dtype, head_dim, monkeypatch):
     if kernel in COMPILED:
         if (dtype, head_dim) != (torch.bfloat16, 128):
             pytest.skip("measured in bfloat16 with heads of 128 alone: it compiles for long")
-        plans = conformance._plans()
-        monkeypatch.setattr(conformance, "_plans", lambda: {"context-causal": plans["context-causal"]})
+        plans = kernels._plans()
+        monkeypatch.setattr(kernels, "_plans", lambda: {"context-causal": plans["context-causal"]})
     served = 0
     for grad in (True, False):  # what refuses gradients may serve without
         try:
-            for finding in conformance.kernel_conformance(
+            for finding in kernels.kernel_conformance(
                 kernel, device="cuda", dtypes=[dtype], head_dim=head_dim, grad=grad
             ):
                 assert finding.holds, finding

@@ -11,12 +11,9 @@ from hypothesis import strategies as st
 from operations import Operations
 from torch.nn.attention.flex_attention import create_block_mask
 
-from lct_core.attention import sdpa
 from lct_core.layout import Layout, Range, Shot
-from lct_core.masks import (
+from lct_core.patterns import (
     PATTERNS,
-    AttentionPlan,
-    Segment,
     bidirectional,
     context_causal,
     first_frames,
@@ -26,6 +23,8 @@ from lct_core.masks import (
     seen_text,
     selected_history,
 )
+from lct_core.plan import AttentionPlan, Segment
+from lct_core.plugins.torch_kernels import sdpa
 from lct_core.testing.strategies import layouts
 
 GLOBAL = Shot(text=2, grid=(1, 1, 2), role="global")

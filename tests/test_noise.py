@@ -11,9 +11,6 @@ from hypothesis import strategies as st
 from lct_core.generation.euler import euler
 from lct_core.layout import Layout, Shot
 from lct_core.noise import (
-    Path,
-    RectifiedFlow,
-    VariancePreserving,
     condition_levels,
     joint_levels,
     sample_levels,
@@ -22,6 +19,7 @@ from lct_core.noise import (
     substitute_single_frames,
 )
 from lct_core.packing import plan_rows
+from lct_core.paths import Path, RectifiedFlow, VariancePreserving
 from lct_core.testing.strategies import layouts, levels
 
 SHOT = Shot(text=1, grid=(1, 1, 1))

@@ -13,16 +13,11 @@ import torch
 from hypothesis import given
 from test_rectangles import plans
 
-from lct_core import backbone
-from lct_core.attention import reference
-from lct_core.backbone import KernelRequest
 from lct_core.layout import Layout, Range, Shot
-from lct_core.masks import (
-    bidirectional,
-    context_causal,
-    own_and_global_text,
-    selected_history,
-)
+from lct_core.patterns import bidirectional, context_causal, own_and_global_text, selected_history
+from lct_core.plugins.hooks import KernelRequest
+from lct_core.plugins.registry import hooks
+from lct_core.plugins.torch_kernels import reference
 from lct_plugins import cudnn_flex, flash4, magi, varlen_naive
 from lct_plugins.varlen import Sequences
 
@@ -83,7 +78,7 @@ def request(*, plan=PLANS["one scene"], dtype=torch.bfloat16, head_dim=64, grad=
 
 @pytest.fixture
 def hopper(monkeypatch):
-    monkeypatch.setattr(backbone, "_hardware", lambda device: "sm_90")
+    monkeypatch.setattr(hooks, "_hardware", lambda device: "sm_90")
 
 
 # cuDNN
@@ -401,7 +396,7 @@ def test_each_says_what_is_missing(monkeypatch, name):
 def test_who_serves_what_beyond_that(installed, monkeypatch):
     served = {}
     for hardware in ("sm_80", "sm_90", "sm_100", "sm_120"):
-        monkeypatch.setattr(backbone, "_hardware", lambda device, hardware=hardware: hardware)
+        monkeypatch.setattr(hooks, "_hardware", lambda device, hardware=hardware: hardware)
         for name, spec in SPECS.items():
             fits = [d for d in (8, 64, 96, 128, 136, 256) if not spec.refusals(request(head_dim=d))]
             served.setdefault(name, {})[hardware] = fits

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from lct_core import attention
-from lct_core.attention import attend, sdpa
-from lct_core.backbone import BackboneSpec, KernelRequest, KernelSpec
+from lct_core.attention import attend
 from lct_core.layout import Layout, Shot
-from lct_core.masks import context_causal
-from lct_core.plugins import PluginError, Registry, hookimpl
+from lct_core.patterns import context_causal
+from lct_core.plugins.hooks import BackboneSpec, KernelRequest, KernelSpec, PluginError, hookimpl
+from lct_core.plugins.registry import Registry
+from lct_core.plugins.torch_kernels import sdpa
 
 PLAN = context_causal(Layout([[Shot(1, (1, 2, 2)), Shot(0, (1, 1, 3))]]))
 REQUEST = KernelRequest(PLAN, torch.device("cpu"), torch.float32, 2, 2, 8, False)

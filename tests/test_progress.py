@@ -6,7 +6,7 @@ import re
 import pytest
 from rich.console import Console
 
-from lct_core.cli.progress import Stages
+from lct_core.progress import Stages
 
 
 def lines(file):

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lct_core.layout import Layout, Range, Shot
-from lct_core.masks import AttentionPlan, Segment, bidirectional, context_causal, own_shot
+from lct_core.patterns import bidirectional, context_causal, own_shot
+from lct_core.plan import AttentionPlan, Segment
 from lct_core.rectangles import Rectangle, by_segment, log_depth
 from lct_core.testing.strategies import layouts
 

@@ -11,10 +11,12 @@ from hypothesis import strategies as st
 from toys import TOYS, toy
 
 from lct_backbones.mmdit import tiny
-from lct_core import KVCache, Layout, Range, Shot, attention, plugins, retrofit, selected_history
-from lct_core.backbone import KernelRequest, KernelSpec
-from lct_core.masks import AttentionPlan, Segment, context_causal
-from lct_core.plugins import Registry, hookimpl
+from lct_core import KVCache, Layout, Range, Shot, attention, retrofit, selected_history
+from lct_core.patterns import context_causal
+from lct_core.plan import AttentionPlan, Segment
+from lct_core.plugins.hooks import KernelRequest, KernelSpec, hookimpl
+from lct_core.plugins.registry import Registry, torch_kernels
+from lct_core.plugins.registry import registry as plugins
 from lct_core.routing import Tally, TopK, attend_routed
 from lct_core.testing.strategies import layouts
 from lct_core.testing.tolerances import BOUNDS, error
@@ -346,7 +348,7 @@ class Plugin:
         def refusals(request):
             return ["it cannot gather keys"] if request.plan.form == "gathered" else []
 
-        return [KernelSpec(name="plain", summary="for a test", load=lambda: attention.sdpa, refusals=refusals)]
+        return [KernelSpec(name="plain", summary="for a test", load=lambda: torch_kernels.sdpa, refusals=refusals)]
 
 
 def test_a_kernel_asked_for_by_name_that_cannot_gather_refuses(monkeypatch):
@@ -366,7 +368,7 @@ def test_kernels_are_remembered_for_so_many_segments_of_plans(monkeypatch):
     for i in range(30):
         plan = AttentionPlan(4, 99, tuple(Segment(Range(q, q + 1), (Range(i, i + q + 1),)) for q in range(4)))
         request = KernelRequest(plan, torch.device("cpu"), torch.float32, 2, 2, 8, False)
-        assert own.kernel("sdpa", request) is attention.sdpa
+        assert own.kernel("sdpa", request) is torch_kernels.sdpa
         kept.append([kind.plan for _, kind, _ in own._resolved])
         assert plan in kept[-1]
     assert [len(plans) for plans in kept] == [*range(1, 11)] * 3

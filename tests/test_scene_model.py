@@ -16,7 +16,7 @@ from toys import CROSS, TOYS, Toy, ToyBackbone, toy
 import lct_core as lct
 from lct_backbones.mmdit import MMDiT, MMDiTBackbone, tiny
 from lct_core import Backbone, KVCache, Layout, Shot, ShotInput, State, retrofit
-from lct_core.scene_model import with_dummy_video
+from lct_core.engine.scene import with_dummy_video
 from lct_core.testing.conformance import conformance
 from lct_core.testing.definition import definition
 from lct_core.testing.strategies import layouts, levels, shots

@@ -10,7 +10,7 @@ from lct_backbones.mmdit import tiny
 from lct_core import Shot, retrofit
 from lct_core.generation import Director, Take, euler, joint, schedule
 from lct_core.generation.schedulers import _arrives, call_levels, denoise
-from lct_core.noise import RectifiedFlow, VariancePreserving
+from lct_core.paths import RectifiedFlow, VariancePreserving
 from lct_core.testing.tolerances import error
 
 diffusers = pytest.importorskip("diffusers")

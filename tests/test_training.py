@@ -15,12 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lct_core import Layout, Shot, ShotInput, retrofit, sample_levels, tuning_loss
-from lct_core.backbone import collate_shots
+from lct_core.backbone.inputs import collate_shots
 from lct_core.codec import LinearCodec
 from lct_core.data import VideoScene
 from lct_core.demo.world import PROMPT_LENGTH, VOCABULARY, render, sample_scene
 from lct_core.noise import shot_noise
-from lct_core.plugins import registry
+from lct_core.plugins.registry import registry
 from lct_core.script import SHOT_CUT, Script, ScriptShot
 from lct_core.testing.tolerances import BOUNDS, error
 from lct_core.training import (

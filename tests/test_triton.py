@@ -10,12 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lct_core import attention
-from lct_core.attention import attend, reference
-from lct_core.backbone import KernelRequest
+from lct_core.attention import attend
 from lct_core.layout import Layout, Range, Shot
-from lct_core.masks import AttentionPlan, Segment, bidirectional, context_causal, own_shot, own_text, selected_history
-from lct_core.plugins import Registry, hookimpl
-from lct_core.testing import conformance as suite
+from lct_core.patterns import bidirectional, context_causal, own_shot, own_text, selected_history
+from lct_core.plan import AttentionPlan, Segment
+from lct_core.plugins.hooks import KernelRequest, hookimpl
+from lct_core.plugins.registry import Registry
+from lct_core.plugins.torch_kernels import reference
+from lct_core.testing import kernels
 from lct_core.testing.strategies import layouts
 from lct_core.testing.tolerances import BOUNDS, error
 from lct_plugins import triton_attention, triton_naive
@@ -165,7 +167,7 @@ def test_the_specification_is_the_reference_in_float64(plan, sizes, heads, scale
     out, lse = triton_naive.forward(q, k, v, plan, scale, rows=rows, columns=columns)
     got = triton_naive.backward(q, k, v, out, lse, dout, plan, scale, rows=rows, columns=columns)
     inputs = [x.clone().requires_grad_() for x in (q, k, v)]
-    expected = suite._run(lambda *x: reference(*x, plan, scale), inputs, dout)
+    expected = kernels._run(lambda *x: reference(*x, plan, scale), inputs, dout)
     for g, e in zip((out, *got), expected, strict=True):
         torch.testing.assert_close(g, e, rtol=0, atol=1e-12)
     torch.testing.assert_close(lse, lse_of(q, k, plan, scale), rtol=0, atol=1e-12)
@@ -182,7 +184,7 @@ def check_packing(pattern, scenes, **options):
 
     def run(plan, tensors):
         inputs = [x.detach().requires_grad_() for x in tensors[:3]]
-        return suite._run(lambda *x: attend(*x, plan, kernel="triton"), inputs, tensors[3])
+        return kernels._run(lambda *x: attend(*x, plan, kernel="triton"), inputs, tensors[3])
 
     packed = run(row, tensors)
     for scene, span in zip(scenes, layout.scene_spans, strict=True):
@@ -235,9 +237,9 @@ def check(plan, tensors, scale=0.3):
     *inputs, dout = tensors
     inputs = [x.detach().requires_grad_() for x in inputs]
     exact = [x.detach().double().requires_grad_() for x in inputs]
-    truth = suite._run(lambda *x: reference(*x, plan, scale), exact, dout.double())
-    plain = suite._run(lambda *x: suite._eager(*x, plan, scale), inputs, dout)
-    got = suite._run(lambda *x: attend(*x, plan, kernel="triton", scale=scale), inputs, dout)
+    truth = kernels._run(lambda *x: reference(*x, plan, scale), exact, dout.double())
+    plain = kernels._run(lambda *x: kernels._eager(*x, plan, scale), inputs, dout)
+    got = kernels._run(lambda *x: attend(*x, plan, kernel="triton", scale=scale), inputs, dout)
     for name, g, p, t in zip(("out", "dq", "dk", "dv"), got, plain, truth, strict=True):
         bound = BOUNDS[g.dtype]["kernel" if name == "out" else "kernel gradients"].given(error(p, t))
         assert error(g, t) <= bound, name
@@ -280,7 +282,7 @@ class TestInterpreted:
         plan = PLANS["two shots behind their history"]
         q, k, v, _ = draw(plan, batch=1)
         exact = reference(q.double(), k.double(), v.double(), plan, -20.0)
-        bound = BOUNDS[torch.float32]["kernel"].given(error(suite._eager(q, k, v, plan, -20.0), exact))
+        bound = BOUNDS[torch.float32]["kernel"].given(error(kernels._eager(q, k, v, plan, -20.0), exact))
         assert error(attend(q, k, v, plan, kernel="triton", scale=-20.0), exact) <= bound
         assert error(triton_attention.triton_attention_lse(q, k, v, plan, -20.0)[0], exact) <= bound
 
@@ -376,8 +378,8 @@ class TestInterpreted:
 
     def test_conformance(self, monkeypatch):
         served = {"behind": PLANS["two shots behind their history"]}
-        monkeypatch.setattr(suite, "_plans", lambda: served)
-        findings = list(suite.kernel_conformance("triton", dtypes=[torch.float32]))
+        monkeypatch.setattr(kernels, "_plans", lambda: served)
+        findings = list(kernels.kernel_conformance("triton", dtypes=[torch.float32]))
         assert len(findings) == 2 * 4  # head counts; output and three gradients
         for finding in findings:
             assert finding.holds, finding
@@ -464,9 +466,9 @@ class TestOnAGpu:
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
     def test_conformance(self, dtype, monkeypatch):
-        served = {name: plan for name, plan in suite._plans().items() if plan.form != "gathered"}
-        monkeypatch.setattr(suite, "_plans", lambda: served)
-        for finding in suite.kernel_conformance("triton", device="cuda", dtypes=[dtype]):
+        served = {name: plan for name, plan in kernels._plans().items() if plan.form != "gathered"}
+        monkeypatch.setattr(kernels, "_plans", lambda: served)
+        for finding in kernels.kernel_conformance("triton", device="cuda", dtypes=[dtype]):
             assert finding.holds, finding
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

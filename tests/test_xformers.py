@@ -7,11 +7,12 @@ import torch
 from hypothesis import given
 from test_rectangles import plans
 
-from lct_core import backbone
-from lct_core.attention import reference
-from lct_core.backbone import KernelRequest
 from lct_core.layout import Layout, Range, Shot
-from lct_core.masks import AttentionPlan, Segment, bidirectional, context_causal, selected_history
+from lct_core.patterns import bidirectional, context_causal, selected_history
+from lct_core.plan import AttentionPlan, Segment
+from lct_core.plugins.hooks import KernelRequest
+from lct_core.plugins.registry import hooks
+from lct_core.plugins.torch_kernels import reference
 from lct_plugins import xformers as ours
 
 SCENE = Layout([[Shot(3, (1, 2, 2)), Shot(0, (2, 3, 3)), Shot(5, (1, 1, 1))], [Shot(2, (1, 3, 3))]])
@@ -208,7 +209,7 @@ def test_gathering_has_a_gradient_that_adds_up_rows(xformers):
 
 def ask(monkeypatch, plan, *, hardware="sm_90", dtype=torch.bfloat16, grad=False, device="cpu"):
     monkeypatch.setattr(ours, "find_spec", lambda name: name)
-    monkeypatch.setattr(backbone, "_hardware", lambda device: hardware)
+    monkeypatch.setattr(hooks, "_hardware", lambda device: hardware)
     request = KernelRequest(plan, torch.device(device), dtype, 4, 4, 8, grad)
     if device == "cuda":  # what is asked of the operators is asked on this machine
         monkeypatch.setattr(torch, "empty", lambda *shape, device, **options: EMPTY(*shape, **options))

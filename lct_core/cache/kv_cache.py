@@ -14,14 +14,13 @@ from torch import Tensor
 from lct_core.cache.arrangement import Writing, afford, carry_out, planned
 from lct_core.cache.budget import STORAGES, Budget, SiteSize, Storage
 from lct_core.cache.holdings import Hold, Holdings, Kept
-from lct_core.cache.identity import same_angles
 from lct_core.cache.quantize import relative_error
 from lct_core.cache.rows import Row, Site, empty, fill
 from lct_core.cache.shots import CachedShot, Space, Stage, Tier
 from lct_core.cache.tiers import KV, SiteKey, copied, copies, quantized
 from lct_core.coordinates import Scheme
 from lct_core.layout import Range, consecutive
-from lct_core.rope import Pairing, RowParts
+from lct_core.rope import Pairing, RowParts, same_angles
 
 if TYPE_CHECKING:  # they import the cache
     from lct_core.scene_model import SceneModel

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 
-from lct_core.backbone import describe
+from lct_core._describe import describe
 from lct_core.layout import Range
 
 Format = Literal["int8", "fp8"]

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lct_core.cache.budget import Budget, SiteSize
-from lct_core.cache.files import make_folder, read_json, write_json
 from lct_core.cache.holdings import Holdings, Kept
-from lct_core.cache.identity import check_identity, identify
 from lct_core.cache.kv_cache import KVCache
 from lct_core.cache.rows import Site
 from lct_core.cache.shots import CachedShot
 from lct_core.cache.tiers import ShotFile, keep_file, release_file, shot_files, write_shot
+from lct_core.engine.fingerprint import check_identity, identify
+from lct_core.files import make_folder, read_json, write_json
 from lct_core.layout import Shot
 
 if TYPE_CHECKING:  # they import the cache

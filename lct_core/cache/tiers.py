@@ -12,8 +12,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from lct_core.cache.files import make_folder, read_tensors, write_tensors
 from lct_core.cache.quantize import Format, Quantized, quantize
+from lct_core.files import make_folder, read_tensors, write_tensors
 from lct_core.rope import Rotation, rotate_into
 
 SiteKey = tuple[int, str]

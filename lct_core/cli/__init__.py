@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import click
 
 from lct_core.cli import backbones, bench, conformance, demo, direct, generate, inspect, kernels, plan, tune
-from lct_core.plugins import PluginError
+from lct_core.plugins.hooks import PluginError
 
 
 class _Lct(click.Group):

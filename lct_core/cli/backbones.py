@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 import click
 
-from lct_core.backbone import Support
-from lct_core.plugins import Registry, registry
+from lct_core.plugins.hooks import Support
+from lct_core.plugins.registry import Registry, registry
 
 
 class BackboneRow(NamedTuple):

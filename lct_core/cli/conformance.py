@@ -7,10 +7,10 @@ import click
 import torch
 from torch import nn
 
-from lct_core.backbone import Backbone
-from lct_core.cli.factory import call, current_folder_on_path, load
+from lct_core.backbone.adapter import Backbone
+from lct_core.checkpoints.factory import call, current_folder_on_path, load
 from lct_core.coordinates import Scheme
-from lct_core.plugins import registry
+from lct_core.plugins.registry import registry
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

@@ -7,7 +7,8 @@ import click
 import torch
 from click.core import ParameterSource
 
-from lct_core.cli.factory import current_folder_on_path, own_code
+from lct_core.checkpoints.factory import current_folder_on_path, own_code
+from lct_core.checkpoints.tuned import Tuned
 from lct_core.cli.options import (
     COUNT,
     LEVEL,
@@ -22,7 +23,7 @@ from lct_core.cli.options import (
     within_memory,
 )
 from lct_core.cli.shell import LESS_MEMORY, Shell
-from lct_core.cli.tuned import Tuned, parse_size
+from lct_core.cli.tuned import parse_size
 from lct_core.script import read_script
 from lct_core.session import Book, Session
 from lct_core.session.session import check_new

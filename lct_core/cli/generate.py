@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from lct_core import generation
-from lct_core.backbone import ShotInput
+from lct_core.backbone.inputs import ShotInput
 from lct_core.cache import Budget, KVCache, Storage
-from lct_core.cli.factory import current_folder_on_path, own_code
+from lct_core.checkpoints.factory import current_folder_on_path, own_code
+from lct_core.checkpoints.model_card import ModelCard
+from lct_core.checkpoints.tuned import Tuned
 from lct_core.cli.options import (
     COUNT,
     LEVEL,
@@ -27,11 +29,11 @@ from lct_core.cli.options import (
     video,
     within_memory,
 )
-from lct_core.cli.source import ModelCard
-from lct_core.cli.tuned import Size, Tuned, check_free, check_size, parse_size, write_views
+from lct_core.cli.tuned import Size, check_free, check_size, parse_size
 from lct_core.codec import Codec
 from lct_core.data import VideoScene, read_image, read_video, write_scene
 from lct_core.data.scenes import is_video
+from lct_core.pictures.scene import write_views
 from lct_core.scene_model import SceneModel
 from lct_core.script import Script, read_script
 
@@ -247,7 +249,7 @@ def _run(
     """The latents of every shot."""
     from rich.console import Console
 
-    from lct_core.cli.progress import Stages
+    from lct_core.progress import Stages
 
     shots = sum(shot.role != "global" for shot in scene) - len(given)
     loops = 1 if mode in ("joint", "conditional") else shots

@@ -10,8 +10,9 @@ import torch
 from lct_core.cli import options
 from lct_core.cli.shots import EXAMPLE, Cost, Size, costs, parse_shots
 from lct_core.coordinates import Scheme
-from lct_core.masks import PATTERNS
 from lct_core.packing import plan_rows
+from lct_core.patterns import PATTERNS
+from lct_core.pictures import attention, coordinates, packing
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -70,8 +71,6 @@ def command(
     """
     from rich.console import Console
 
-    from lct_core.cli import pictures
-
     kv_heads = options.check_kv_heads(heads, kv_heads)
     layout = parse_shots(shots or EXAMPLE, text_first=not text_last)
     size = Size(layers=layers, heads=heads, kv_heads=kv_heads, head_dim=head_dim, dtype=options.DTYPES[dtype])
@@ -95,9 +94,9 @@ def command(
         soft_wrap=True,
     )
     figures = {
-        "coordinates.png": pictures.coordinates_figure(layout, scheme=scheme),
-        "attention.png": pictures.plan_figure(layout, plan, pattern=pattern),
-        "packing.png": pictures.packing_figure(layout, rows, budget=budget),
+        "coordinates.png": coordinates.coordinates_figure(layout, scheme=scheme),
+        "attention.png": attention.plan_figure(layout, plan, pattern=pattern),
+        "packing.png": packing.packing_figure(layout, rows, budget=budget),
     }
     for name, figure in figures.items():
         path = out / name

@@ -9,16 +9,18 @@ import click
 import torch
 from click.core import ParameterSource
 
-from lct_core.backbone import Backbone, KernelRequest
+from lct_core.backbone.adapter import Backbone
+from lct_core.checkpoints.factory import own_code
 from lct_core.cli import options
 from lct_core.cli.asked import adapter_of, as_taken, refuse, script_layout
-from lct_core.cli.factory import own_code
 from lct_core.cli.inspect import short
 from lct_core.cli.shots import EXAMPLE, parse_shots
 from lct_core.cli.tables import table
 from lct_core.layout import Layout
-from lct_core.masks import AttentionPlan, bidirectional, context_causal, own_and_global_text
-from lct_core.plugins import PluginError, Registry, registry
+from lct_core.patterns import bidirectional, context_causal, own_and_global_text
+from lct_core.plan import AttentionPlan
+from lct_core.plugins.hooks import KernelRequest, PluginError
+from lct_core.plugins.registry import Registry, registry
 from lct_core.script import read_script
 
 if TYPE_CHECKING:

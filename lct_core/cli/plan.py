@@ -11,12 +11,12 @@ from typing import NamedTuple, get_args
 import click
 import torch
 
-from lct_core.backbone import KernelRequest
 from lct_core.cache import Budget, KVCache, Storage
 from lct_core.cache.budget import STORAGES
+from lct_core.checkpoints.factory import own_code
+from lct_core.checkpoints.tuned import Tuned
 from lct_core.cli import options
 from lct_core.cli.asked import adapter_of
-from lct_core.cli.factory import own_code
 from lct_core.cli.kernels import auto_choice, kernel_rows
 from lct_core.cli.plan_subject import Subject, Wanted, of_checkpoint, of_model
 from lct_core.cli.plan_tables import (
@@ -31,13 +31,14 @@ from lct_core.cli.plan_tables import (
     serving,
     takes_table,
 )
-from lct_core.cli.tuned import Tuned
 from lct_core.cost import Mode, Plan, Throughput, measure, plan, takes_of
 from lct_core.generation.director import Director
 from lct_core.generation.write import Write
 from lct_core.layout import Layout
-from lct_core.masks import PATTERNS, AttentionPlan, Pattern, context_causal
-from lct_core.plugins import registry
+from lct_core.patterns import PATTERNS, Pattern, context_causal
+from lct_core.plan import AttentionPlan
+from lct_core.plugins.hooks import KernelRequest
+from lct_core.plugins.registry import registry
 from lct_core.script import Script, read_script
 
 _MODES: tuple[Mode, ...] = get_args(Mode)

@@ -7,16 +7,20 @@ from typing import NamedTuple
 import torch
 
 from lct_core import generation
-from lct_core.backbone import Backbone, ShotInput
+from lct_core.backbone.adapter import Backbone
+from lct_core.backbone.inputs import ShotInput
+from lct_core.checkpoints.tuned import Tuned
 from lct_core.cli import options
 from lct_core.cli.asked import as_taken, refuse, script_layout
-from lct_core.cli.tuned import Tuned, check_size, parse_size
+from lct_core.cli.tuned import check_size, parse_size
 from lct_core.codec import Codec
 from lct_core.cost import Meter, Mode, example
+from lct_core.engine.scene import with_dummy_video
+from lct_core.engine.visibility import TextScope
 from lct_core.generation import Guidance
 from lct_core.layout import Shot
 from lct_core.noise import shot_noise
-from lct_core.scene_model import SceneModel, TextScope, retrofit, with_dummy_video
+from lct_core.scene_model import SceneModel, retrofit
 from lct_core.script import Script
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import click
 import torch
 
-from lct_core.cli.factory import own_code
+from lct_core.checkpoints.factory import own_code
 from lct_core.cli.options import within_memory
 from lct_core.generation.euler import Callback
 from lct_core.session import Session, SessionTake
@@ -146,7 +146,7 @@ class Shell:
     @contextmanager
     def _making(self, name: str) -> Iterator[Callback]:
         """Progress of a take."""
-        from lct_core.cli.progress import Stages
+        from lct_core.progress import Stages
 
         with Stages(self._console) as progress, progress(name, self._session.settings.steps) as advance:
             yield lambda _: advance()

@@ -3,14 +3,14 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 
-from lct_core.coordinates import Scheme, extent
+from lct_core.coordinates import Scheme
 from lct_core.layout import Layout, Shot
-from lct_core.masks import AttentionPlan
+from lct_core.pictures.style import shot_names, starts
+from lct_core.plan import AttentionPlan
 
 #: A global prompt and four unequal shots, and two shorter scenes.
 EXAMPLE = (
@@ -51,24 +51,6 @@ def parse_shots(arguments: Sequence[str], *, text_first: bool = True) -> Layout:
         except ValueError as error:
             raise ValueError(f"SHOT: got {argument!r}: {error}") from None
     return Layout(scenes, text_first)
-
-
-def shot_names(layout: Layout) -> list[str]:
-    """What to call every shot in row order: ``"global"``, or its number in its scene, counted from 1 without it."""
-    names = []
-    for scene in layout.scenes:
-        first = 0 if scene[0].role == "global" else 1
-        names += [f"shot {k}" if k else "global" for k in range(first, first + len(scene))]
-    return names
-
-
-def starts(layout: Layout, *, scheme: Scheme) -> list[int]:
-    """Where on the diagonal every shot starts, in row order; every scene starts at 0."""
-    return [
-        start
-        for scene in layout.scenes
-        for start in [*accumulate((extent(shot, scheme=scheme) for shot in scene), initial=0)][:-1]
-    ]
 
 
 @dataclass(frozen=True, kw_only=True)

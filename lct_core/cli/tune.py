@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any, get_args
 import click
 import torch
 
-from lct_core.cli.factory import current_folder_on_path, load, own_code
+from lct_core.checkpoints.factory import current_folder_on_path, load, own_code
+from lct_core.checkpoints.model_card import ModelCard, Source, fit_codec, small_mmdit
 from lct_core.cli.options import COUNT, COUNT_OR_NONE, FINITE, FPS, POSITIVE, device, seed, seeded, within_memory
-from lct_core.cli.source import ModelCard, Source, fit_codec, small_mmdit
 from lct_core.coordinates import Scheme
 from lct_core.data import SceneFolders, scene_folders
 from lct_core.training import CHECKPOINT, Report, Stage, load_checkpoint, paper_stages, tune
 from lct_core.training.run import check_folder
 
 if TYPE_CHECKING:
-    from lct_core.cli.progress import Stages
+    from lct_core.progress import Stages
 
 _OWN_AREA, _SMALL_AREA = 480 * 480, 64 * 64  # pixels: the paper's; what a small model on a CPU can do
 _OWN_MULTIPLE, _SMALL_MULTIPLE = 16, 8  # pixels: what autoencoder and patches usually need; the small model's patch
@@ -123,7 +123,7 @@ def command(
     """
     from rich.console import Console
 
-    from lct_core.cli.progress import Stages
+    from lct_core.progress import Stages
 
     stages = _stages(new=model is None or scheme == "paper", **numbers)
     reading = _reading(area, multiple, small=model is None) | {"fps": fps, "max_frames": max_frames}

@@ -6,9 +6,10 @@
 
 from lct_core.cost.live import Live
 from lct_core.cost.meter import Cost, Meter, example
-from lct_core.cost.passes import Mode, Pass, passes, takes_of
+from lct_core.cost.passes import Pass, passes
 from lct_core.cost.plan import Plan, PlannedTake, plan
 from lct_core.cost.throughput import Throughput, fitted, measure
+from lct_core.generation.takes import Mode, takes_of
 
 __all__ = [
     "Cost",

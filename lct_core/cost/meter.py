@@ -14,16 +14,20 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from lct_core import masks
+from lct_core import patterns as masks
 from lct_core.attention import attend
-from lct_core.backbone import QKV, Backbone, ShotInput, Site, State, Tokens
+from lct_core.backbone.adapter import QKV, Backbone, Site, State, Tokens
+from lct_core.backbone.inputs import ShotInput
 from lct_core.cache import SiteSize, Space
 from lct_core.cost.live import Live
 from lct_core.cost.passes import Pass
+from lct_core.engine.joining import alike, stacked
+from lct_core.engine.visibility import TextScope
 from lct_core.layout import Layout, Range, Shot
-from lct_core.masks import AttentionPlan, Pattern
+from lct_core.patterns import Pattern
+from lct_core.plan import AttentionPlan
 from lct_core.rope import Rotation, pays_in_pieces
-from lct_core.scene_model import SceneModel, TextScope, alike, stacked
+from lct_core.scene_model import SceneModel
 
 
 @dataclass(frozen=True)

@@ -17,19 +17,16 @@ too; bidirectional, twice that in the limit). A window makes all of it linear. A
 shot, which writes it at the level t_c; the last shot needs none: s tokens and N s² pairs less.
 """
 
-from collections.abc import Collection, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from heapq import merge
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 from lct_core.generation.history import choose, recent
-from lct_core.generation.takes import Take
+from lct_core.generation.takes import Take, _shots
 from lct_core.generation.write import Write
 from lct_core.layout import Shot
-from lct_core.masks import PATTERNS, Pattern
+from lct_core.patterns import PATTERNS, Pattern
 from lct_core.routing import Router
-
-Mode = Literal["joint", "conditional", "autoregressive", "causal"]
 
 
 class Pass(NamedTuple):
@@ -54,38 +51,6 @@ class Pass(NamedTuple):
     cached: bool = False
     writes: bool = False
     text_free: bool = False
-
-
-def takes_of(
-    mode: Mode,
-    scene: Sequence[Shot],
-    *,
-    window: int = 9,
-    given: Collection[int] = (),
-    pattern: str | Pattern = "bidirectional",
-) -> list[Take]:
-    """A mode of :mod:`lct_core.generation` as takes.
-
-    Args:
-        mode: Which of them.
-        scene: The shots' token counts, a global shot first where there is one.
-        window: Shot after shot: most shots that are seen, the current one counted (paper, 4: nine).
-        given: Shots that are not to be generated, by index.
-        pattern: Who sees whom in a row; the mode ``causal`` is context-causal.
-
-    Raises:
-        ValueError: for another mode, a shot that is not the scene's, and where nothing is left to generate.
-    """
-    if mode not in get_args(Mode):
-        raise ValueError(f"mode: got {mode!r}, expected one of {get_args(Mode)}")
-    shots = _shots(scene)
-    left = tuple(i for i in shots if i not in given)
-    if not left or not set(given) <= set(shots):
-        raise ValueError(f"given: got {sorted(given)}, expected some of {shots}, and one left to generate")
-    if mode in ("joint", "conditional"):
-        return [Take(left, tuple(sorted(given)), cached=False, pattern=pattern)]
-    takes = [Take((i,), tuple(choose(recent(window), shots, i))) for i in left]
-    return takes if mode == "causal" else [replace(take, cached=False, pattern=pattern) for take in takes]
 
 
 def passes(
@@ -160,13 +125,6 @@ def passes(
         else:
             run.append(Pass(take.shots, (*first, *merge(history, take.shots)), (), pattern, steps))
     return run
-
-
-def _shots(scene: Sequence[Shot]) -> list[int]:
-    roles = [shot.role for shot in scene]
-    if "global" in roles[1:] or "shot" not in roles:
-        raise ValueError(f"scene: got roles {roles}, expected shots, and before them at most one global shot")
-    return [i for i, role in enumerate(roles) if role == "shot"]
 
 
 def _seen(take: Take, shots: Sequence[int], window: int) -> tuple[int, ...]:

@@ -5,17 +5,18 @@ from dataclasses import dataclass
 from functools import partial
 from typing import get_args
 
-from lct_core.backbone import Backbone
+from lct_core.backbone.adapter import Backbone
 from lct_core.cache import Budget, Storage, Tier
 from lct_core.cost.cached import held, least_budget
 from lct_core.cost.meter import Cost, Meter
-from lct_core.cost.passes import Mode, Pass, passes, takes_of
+from lct_core.cost.passes import Pass, passes
 from lct_core.cost.throughput import Throughput
-from lct_core.generation.takes import Take
+from lct_core.engine.visibility import TextScope
+from lct_core.generation.takes import Mode, Take, takes_of
 from lct_core.generation.write import Write, check_shared_history
 from lct_core.layout import Shot
-from lct_core.masks import Pattern
-from lct_core.scene_model import SceneModel, TextScope
+from lct_core.patterns import Pattern
+from lct_core.scene_model import SceneModel
 
 
 @dataclass(frozen=True, kw_only=True)

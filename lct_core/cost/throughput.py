@@ -14,7 +14,7 @@ from lct_core.cache import KVCache
 from lct_core.cost.meter import Cost, Meter, example
 from lct_core.cost.passes import Pass
 from lct_core.layout import Shot
-from lct_core.masks import PATTERNS
+from lct_core.patterns import PATTERNS
 from lct_core.scene_model import SceneModel
 
 # Of linear layers, a shot's attention, that of shots together, passes and shots: what has a rate, or an overhead, each.

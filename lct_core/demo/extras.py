@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from lct_core.cli.sheet import SceneRows, contact_sheet
 from lct_core.demo.dataset import FRAMES, SIZE
 from lct_core.demo.generate import SceneBatch
 from lct_core.demo.metrics import adherence, composition_error, drift
@@ -18,6 +17,7 @@ from lct_core.demo.settings import Settings
 from lct_core.demo.world import ENVIRONMENT_TEXT, environment_image, identity_image, identity_text, sample_scene
 from lct_core.generation import recent
 from lct_core.noise import keyed_generator
+from lct_core.pictures.sheet import SceneRows, contact_sheet
 from lct_core.script import Script, ScriptShot
 
 Progress = Callable[..., AbstractContextManager[Callable[[], None]]]

@@ -13,8 +13,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from lct_core.cli.sheet import SceneRows
 from lct_core.data import write_video
+from lct_core.pictures.sheet import SceneRows
 
 # pixels, even: H.264 stores colour for 2 x 2 of them
 _GAP, _LINE = 12, 20

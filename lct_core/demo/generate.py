@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lct_core.backbone import ShotInput, collate_shots
+from lct_core.backbone.inputs import ShotInput, collate_shots
 from lct_core.codec import LinearCodec
 from lct_core.demo.dataset import FRAMES, SIZE
 from lct_core.generation import Guidance, History, autoregressive, causal, conditional, joint

@@ -17,9 +17,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from lct_core.cli.progress import Stages
-from lct_core.cli.sheet import SceneRows, contact_sheet
-from lct_core.cli.source import ModelCard, small_mmdit
+from lct_core.checkpoints.model_card import ModelCard, small_mmdit
 from lct_core.codec import LinearCodec
 from lct_core.data import SceneFolders, VideoScene
 from lct_core.demo import extras
@@ -33,7 +31,9 @@ from lct_core.demo.settings import Settings
 from lct_core.demo.world import sample_scene
 from lct_core.losses import tuning_loss
 from lct_core.noise import keyed_generator
-from lct_core.plugins import registry
+from lct_core.pictures.sheet import SceneRows, contact_sheet
+from lct_core.plugins.registry import registry
+from lct_core.progress import Stages
 from lct_core.scene_model import SceneModel, retrofit
 from lct_core.training import METRICS, Report, Stage, single_shots, to_row, tune
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from lct_core.backbone import ShotInput
+from lct_core.backbone.inputs import ShotInput
 from lct_core.experts import Experts
 from lct_core.generation.common import Levels, left_to_generate
 from lct_core.generation.director import Director
@@ -11,7 +11,7 @@ from lct_core.generation.guidance import Guidance
 from lct_core.generation.history import History, choose, recent
 from lct_core.generation.schedulers import Steps
 from lct_core.generation.takes import Take
-from lct_core.masks import Pattern
+from lct_core.patterns import Pattern
 from lct_core.scene_model import SceneModel
 
 

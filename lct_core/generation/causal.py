@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from lct_core.backbone import ShotInput
+from lct_core.backbone.inputs import ShotInput
 from lct_core.experts import Experts
 from lct_core.generation.common import Levels, left_to_generate
 from lct_core.generation.director import Director

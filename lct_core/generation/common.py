@@ -6,13 +6,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lct_core.backbone import ShotInput, describe
+from lct_core._describe import describe
+from lct_core.backbone.inputs import ShotInput
 from lct_core.cache import KVCache
-from lct_core.experts import ExpertCache, Experts
+from lct_core.cache.expert_cache import ExpertCache
+from lct_core.experts import Experts
 from lct_core.generation.euler import Latents, wide
 from lct_core.generation.guidance import Guidance
-from lct_core.masks import Pattern
 from lct_core.noise import keyed_generator
+from lct_core.patterns import Pattern
 from lct_core.scene_model import SceneModel
 
 Levels = float | Mapping[int, float]

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lct_core.backbone import ShotInput
+from lct_core.backbone.inputs import ShotInput
+from lct_core.engine.scene import with_dummy_video
 from lct_core.experts import Experts, new_cache
 from lct_core.generation.common import (
     Levels,
@@ -23,15 +24,15 @@ from lct_core.generation.common import (
     noisy_parts,
     predict,
 )
+from lct_core.generation.done import Kept, dependents
 from lct_core.generation.euler import Callback, Latents
 from lct_core.generation.guidance import Guidance, branches
 from lct_core.generation.history import choose, recent, room
-from lct_core.generation.kept import Kept, dependents
 from lct_core.generation.schedulers import Steps, call_levels, denoise
 from lct_core.generation.takes import Take, in_order
 from lct_core.generation.write import Write, check_write, nearest
-from lct_core.masks import Pattern
-from lct_core.scene_model import SceneModel, with_dummy_video
+from lct_core.patterns import Pattern
+from lct_core.scene_model import SceneModel
 
 
 class _Held(NamedTuple):

@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lct_core.backbone import describe
-from lct_core.noise import Path, RectifiedFlow
+from lct_core._describe import describe
+from lct_core.paths import Path, RectifiedFlow
 
 Latents = Float[Tensor, "batch channels frames height width"]
 Velocity = Callable[[list[Latents], float], Sequence[Latents]]

@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 
-from lct_core.backbone import ShotInput
+from lct_core.backbone.inputs import ShotInput
 from lct_core.experts import Experts
 from lct_core.generation.conditional import conditional
 from lct_core.generation.euler import Callback, Latents
 from lct_core.generation.guidance import Guidance
 from lct_core.generation.schedulers import Steps
-from lct_core.masks import Pattern
+from lct_core.patterns import Pattern
 from lct_core.scene_model import SceneModel
 
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from lct_core.generation.euler import Callback, Latents, Step, Velocity, euler, schedule, wide
-from lct_core.noise import Path, RectifiedFlow, keyed_generator
+from lct_core.noise import keyed_generator
+from lct_core.paths import Path, RectifiedFlow
 
 
 @runtime_checkable

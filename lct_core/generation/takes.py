@@ -1,9 +1,12 @@
 """A take: one run of the loop, and what it sees (paper, Fig. 4)."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
-from lct_core.masks import Pattern, context_causal
+from lct_core.generation.history import choose, recent
+from lct_core.layout import Shot
+from lct_core.patterns import Pattern, context_causal
 
 
 @dataclass(frozen=True)
@@ -67,3 +70,45 @@ def _indices(name: str, shots: Sequence[int]) -> tuple[int, ...]:
     if not isinstance(shots, Sequence) or any(type(i) is not int or i < 0 for i in shots):
         raise ValueError(f"{name}: got {shots!r}, expected shots by their index in the scene from 0, such as (0, 2)")
     return tuple(shots)
+
+
+Mode = Literal["joint", "conditional", "autoregressive", "causal"]
+
+
+def takes_of(
+    mode: Mode,
+    scene: Sequence[Shot],
+    *,
+    window: int = 9,
+    given: Collection[int] = (),
+    pattern: str | Pattern = "bidirectional",
+) -> list[Take]:
+    """A mode of :mod:`lct_core.generation` as takes.
+
+    Args:
+        mode: Which of them.
+        scene: The shots' token counts, a global shot first where there is one.
+        window: Shot after shot: most shots that are seen, the current one counted (paper, 4: nine).
+        given: Shots that are not to be generated, by index.
+        pattern: Who sees whom in a row; the mode ``causal`` is context-causal.
+
+    Raises:
+        ValueError: for another mode, a shot that is not the scene's, and where nothing is left to generate.
+    """
+    if mode not in get_args(Mode):
+        raise ValueError(f"mode: got {mode!r}, expected one of {get_args(Mode)}")
+    shots = _shots(scene)
+    left = tuple(i for i in shots if i not in given)
+    if not left or not set(given) <= set(shots):
+        raise ValueError(f"given: got {sorted(given)}, expected some of {shots}, and one left to generate")
+    if mode in ("joint", "conditional"):
+        return [Take(left, tuple(sorted(given)), cached=False, pattern=pattern)]
+    takes = [Take((i,), tuple(choose(recent(window), shots, i))) for i in left]
+    return takes if mode == "causal" else [replace(take, cached=False, pattern=pattern) for take in takes]
+
+
+def _shots(scene: Sequence[Shot]) -> list[int]:
+    roles = [shot.role for shot in scene]
+    if "global" in roles[1:] or "shot" not in roles:
+        raise ValueError(f"scene: got roles {roles}, expected shots, and before them at most one global shot")
+    return [i for i, role in enumerate(roles) if role == "shot"]

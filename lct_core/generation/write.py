@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from typing import Literal, get_args
 
-from lct_core.backbone import Backbone
+from lct_core.backbone.adapter import Backbone
+from lct_core.engine.visibility import TextScope
 from lct_core.experts import Experts
 from lct_core.generation.guidance import Guidance
-from lct_core.scene_model import SceneModel, TextScope
+from lct_core.scene_model import SceneModel
 
 Write = Literal["pass", "nearest"]
 

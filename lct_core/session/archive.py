@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lct_core.cache.files import read_tensors, write_tensors
 from lct_core.codec import Codec
 from lct_core.data import read_image, read_video, write_image, write_video
 from lct_core.data.scenes import is_video
+from lct_core.files import read_tensors, write_tensors
 from lct_core.session.book import SessionTake, Settings
 
 _LATENTS, _SHEET = "latents.safetensors", "contact_sheet.png"
@@ -99,7 +99,7 @@ class Archive:
         path = self.folder(take) / _SHEET
         if path.is_file():
             return path
-        from lct_core.cli.sheet import SceneRows, contact_sheet  # it brings matplotlib
+        from lct_core.pictures.sheet import SceneRows, contact_sheet
 
         columns = [*zip(take.history, history, strict=True), *((n, take) for n in take.shots)]
         texts = [f"{n}. {of.script_shot(n).text} (take {of.number})" for n, of in columns]

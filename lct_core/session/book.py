@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from lct_core.cache import Storage
-from lct_core.cache.files import read_json, write_json
+from lct_core.files import read_json, write_json
 from lct_core.script import SHOT_CUT, Script, ScriptShot, parse_script
 
 FILE = "session.json"
@@ -113,7 +113,7 @@ class Book:
     Args:
         script: As it was at the start.
         settings: What holds for all takes.
-        model: What :func:`lct_core.cache.identity.identify` says of the model.
+        model: What :func:`lct_core.engine.fingerprint.identify` says of the model.
         about: What whoever made the session keeps with it.
         takes: All takes of all branches, also those that were not kept.
         branches: The states of every branch, the present one last.

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lct_core.backbone import ShotInput
+from lct_core.backbone.inputs import ShotInput
 from lct_core.cache import Budget, KVCache
-from lct_core.cache.files import read_json, write_json
+from lct_core.cache.expert_cache import ExpertCache
 from lct_core.codec import Codec
-from lct_core.experts import ExpertCache, Experts
+from lct_core.experts import Experts
+from lct_core.files import read_json, write_json
 from lct_core.generation import Director, Guidance, Take, negative_texts, schedule, start_scene
 from lct_core.generation.euler import Callback
 from lct_core.noise import shot_noise

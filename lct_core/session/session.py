@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from lct_core.cache import Budget, Storage
-from lct_core.cache.identity import check_identity, identify
 from lct_core.codec import Codec
 from lct_core.data import VideoScene, write_scene
+from lct_core.engine.fingerprint import check_identity, identify
 from lct_core.experts import Experts
 from lct_core.generation.euler import Callback
 from lct_core.scene_model import SceneModel
@@ -467,7 +467,7 @@ class Session:
             FileExistsError: ``out`` holds a scene.
             ValueError: where nothing is kept, or a shot is missing before the last that is.
         """
-        from lct_core.cli.tuned import write_views
+        from lct_core.pictures.scene import write_views
 
         book = self._book
         last = max(book.state.kept, default=0)

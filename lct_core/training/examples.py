@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lct_core.backbone import ShotInput, collate_shots
+from lct_core.backbone.inputs import ShotInput, collate_shots
 from lct_core.codec import Codec
 from lct_core.data import VideoScene
 from lct_core.layout import Layout, Shot

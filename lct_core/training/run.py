@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lct_core.checkpoints.file import load_checkpoint, save_checkpoint
 from lct_core.codec import Codec
 from lct_core.data import VideoScene
 from lct_core.scene_model import SceneModel
-from lct_core.training.checkpoint import load_checkpoint, save_checkpoint
 from lct_core.training.loop import Report, Training, train
 from lct_core.training.stage import Stage
 

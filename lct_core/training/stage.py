@@ -6,7 +6,7 @@ from math import isfinite
 from typing import Literal
 
 from lct_core.coordinates import Scheme, check_scheme
-from lct_core.masks import PATTERNS
+from lct_core.patterns import PATTERNS
 
 Precision = Literal["fp32", "bf16"]
 

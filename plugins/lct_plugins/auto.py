@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import NamedTuple, get_args
 
 from lct_core import KernelRequest
-from lct_core.masks import Form
+from lct_core.plan import Form
 
 _SDPA = 100  # its rank, in the core
 

@@ -27,7 +27,7 @@ from torch.autograd.function import once_differentiable
 
 from lct_core import AttentionPlan, Kernel, KernelRequest, KernelSpec
 from lct_core.layout import Range
-from lct_core.masks import Segment
+from lct_core.plan import Segment
 
 Direction = Literal["forward", "queries backward", "keys backward"]
 

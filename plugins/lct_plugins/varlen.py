@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lct_core.layout import Range
-from lct_core.masks import AttentionPlan
+from lct_core.plan import AttentionPlan
 from lct_core.rectangles import Rectangle, Round, by_segment, log_depth
 
 _LONG_SHOT = 4096  # tokens from which on a launch for every shot is thought to pay: modelled, not yet measured

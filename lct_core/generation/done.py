@@ -3,9 +3,9 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from lct_core.backbone import ShotInput
+from lct_core.backbone.inputs import ShotInput
 from lct_core.generation.euler import Latents
-from lct_core.masks import Pattern
+from lct_core.patterns import Pattern
 
 
 @dataclass(frozen=True, kw_only=True)

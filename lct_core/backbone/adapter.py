@@ -4,114 +4,26 @@ An adapter splits every block, per shot, around its attention: :meth:`Backbone.q
 after. Everything between is the engine's (:mod:`lct_core.scene_model`): coordinates, rotation, joining, plan and cache.
 """
 
-import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
-from typing import Any, Literal, NamedTuple, Protocol, get_args
+from typing import Any, Literal, NamedTuple
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Float
 from torch import Tensor, nn
 
+from lct_core._describe import describe
+from lct_core.backbone.inputs import ShotInput
+from lct_core.backbone.traits import _OF_LATENTS, Extra, Traits, _check_device, _check_number, _words
 from lct_core.coordinates import shot_coordinates
-from lct_core.layout import Role, Shot
-from lct_core.masks import AttentionPlan
-from lct_core.noise import Path, RectifiedFlow
-from lct_core.rope import Pairing, Rotation, rotate, rotation
+from lct_core.layout import Shot
+from lct_core.rope import Rotation, rotate, rotation
 
-TextPath = Literal["joint", "cross"]
 Joint = Literal["joined", "own_shot", "text"]
 Tokens = Literal["all", "video"]
 
-_OF_LATENTS = ("frames", "height", "width")
 _ANY_SIZE = 5  # of an axis of an extra that may have any, in random inputs
-_LONG = 100  # characters of a value in an error message
-
-
-class Kernel(Protocol):
-    """An attention kernel: shapes as in :func:`lct_core.attend`, which has validated everything before."""
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float, /) -> Tensor:
-        """Attend."""
-        ...
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class ShotInput:
-    """One shot, as the model takes it.
-
-    Args:
-        latents: ``[batch, channels, frames, height, width]``. A global shot may leave them out where a shot follows it
-            in the same call: its dummy video is then one frame of zeros of that shot's height and width. Where the
-            model cross-attends its text, a global shot has none: it is a prompt alone.
-        text: Encoded prompt, ``[batch, tokens, width]``, of any length, 0 included.
-        extras: What else the model takes (``Traits.extras``): further arguments of its own forward under its own names,
-            and image conditions.
-        role: ``"shot"``, or ``"global"`` for the global prompt, which has no output and no loss.
-
-    Raises:
-        ValueError: for extras that are no mapping.
-    """
-
-    text: Float[Tensor, "batch tokens width"]
-    latents: Float[Tensor, "batch channels frames height width"] = None  # type: ignore[assignment]  # filled in by then
-    extras: Mapping[str, Any] = field(default_factory=dict)
-    role: Role = "shot"
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.extras, Mapping):
-            raise ValueError(
-                f"extras: got {describe(self.extras)}, expected a mapping from names to values; {{}} for none"
-            )
-
-    def to(self, device: torch.device | str) -> "ShotInput":
-        """The same shot on a device, extras that are tensors included."""
-        return replace(
-            self,
-            latents=None if self.latents is None else self.latents.to(device),
-            text=self.text.to(device),
-            extras={name: x.to(device) if isinstance(x, Tensor) else x for name, x in self.extras.items()},
-        )
-
-
-def collate_shots(shots: Sequence[ShotInput]) -> ShotInput:
-    """One shot of several scenes as a batch.
-
-    Args:
-        shots: Of one role, with latents of one shape (or all without) and texts of one length; extras that are tensors
-            are joined too, others must be equal.
-
-    Raises:
-        ValueError: for shots that don't fit in one batch.
-    """
-    if not shots:
-        raise ValueError("shots: got none, expected at least one")
-    first = shots[0]
-    kinds = {
-        (s.role, s.text.shape[1:], None if s.latents is None else s.latents.shape[1:], *sorted(s.extras)) for s in shots
-    }
-    if len(kinds) != 1:
-        raise ValueError(
-            f"shots: got roles, texts and latents of {sorted(map(str, kinds))}, expected all alike: entries of a batch "
-            "share one layout; put others side by side in a row"
-        )
-    return replace(
-        first,
-        latents=None if first.latents is None else torch.cat([s.latents for s in shots]),
-        text=torch.cat([s.text for s in shots]),
-        extras={name: _batched(name, [s.extras[name] for s in shots]) for name in first.extras},
-    )
-
-
-def _batched(name: str, values: Sequence[Any]) -> Any:
-    if all(isinstance(value, Tensor) for value in values) and len({value.shape[1:] for value in values}) == 1:
-        return torch.cat(list(values))
-    if any(isinstance(value, Tensor) or value != values[0] for value in values):
-        values = [describe(value) for value in values]
-        raise ValueError(f"extras: {name} is {values}, expected one value for all entries of a batch")
-    return values[0]
 
 
 @dataclass
@@ -152,98 +64,6 @@ class QKV(NamedTuple):
     k: Float[Tensor, "batch keys kv_heads head_dim"]
     v: Float[Tensor, "batch keys kv_heads head_dim"]
     aux: Any = None
-
-
-class Extra(NamedTuple):
-    """One of the further inputs that a model takes for a shot.
-
-    Args:
-        shape: Its axes after the batch: a size, ``"frames"``, ``"height"`` or ``"width"`` for that of the latents, or
-            any other word for an axis of any size. None for a plain number.
-        required: Whether a shot must have it; a global shot need not where it is an image condition or follows the
-            latents: it is then zero, as its dummy video is, or left out.
-        image: Whether it is an image condition.
-        prompt: Whether it belongs to the prompt, as its pooled embedding does: a negative prompt has one of its own.
-        positive: Whether a plain number must be more than 0, as a frame rate must; else 0 is allowed too.
-    """
-
-    shape: tuple[int | str, ...] | None
-    required: bool = False
-    image: bool = False
-    prompt: bool = False
-    positive: bool = False
-
-    @property
-    def follows_latents(self) -> bool:
-        """Whether one of its axes is one of the latents'."""
-        return bool(set(_OF_LATENTS).intersection(self.shape or ()))
-
-    @property
-    def has_channels(self) -> bool:
-        """Whether one of its axes has a size of the model's own, so that it is in floating point."""
-        return any(isinstance(axis, int) for axis in self.shape or ())
-
-
-@dataclass(frozen=True, kw_only=True)
-class Traits:
-    """The static description of a single-shot DiT.
-
-    Args:
-        latent_channels: Channels of the latents.
-        patch: Latent frames, rows and columns that make one token.
-        text_width: Channels of the encoded prompt.
-        text_tokens: Least and most tokens of a prompt, padding included where the model attends to it; None for any.
-        heads: Number of query heads.
-        kv_heads: Number of key and value heads.
-        head_dim: Channels of a head.
-        text: ``"joint"`` where text tokens take part in self-attention, ``"cross"`` where it is cross-attended.
-        text_first: Whether text tokens come before video tokens in self-attention.
-        pairing: How RoPE pairs channels; None for a model without RoPE.
-        unit: Native coordinates, ``(frames, height, width)`` and any further axes of the model's own, that make one
-            step along the diagonal; 0 on an axis along which shots do not move.
-        timesteps: The model's own timestep at noise level 0 (clean) and 1 (noise); linear between.
-        path: Noising and training target.
-        extras: What ``ShotInput.extras`` may hold, by name.
-        text_mask: The extra that marks which text tokens are there and which are padding, ``[batch, tokens]``: padding
-            is cut off before the model sees it (default: the model takes no such mask).
-
-    Raises:
-        ValueError: naming the trait, for a value that none of its kind can have.
-    """
-
-    latent_channels: int
-    patch: tuple[int, int, int]
-    text_width: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    text: TextPath
-    text_first: bool = True
-    text_tokens: tuple[int, int | None] = (0, None)
-    pairing: Pairing | None = "interleaved"
-    unit: tuple[float, ...] = (1.0, 1.0, 1.0)
-    timesteps: tuple[float, float] = (0.0, 1000.0)
-    path: Path = field(default_factory=RectifiedFlow)
-    extras: Mapping[str, Extra] = field(default_factory=dict)
-    text_mask: str | None = None
-
-    def __post_init__(self) -> None:
-        for name, kind in (("text", TextPath), ("pairing", Pairing)):
-            if (value := getattr(self, name)) not in (*get_args(kind), *((None,) if name == "pairing" else ())):
-                raise ValueError(f"{name}: got {value!r}, expected one of {get_args(kind)}")
-        for name in ("latent_channels", "text_width", "heads", "kv_heads", "head_dim"):
-            if not isinstance(value := getattr(self, name), int) or value < 1:
-                raise ValueError(f"{name}: got {value!r}, expected a positive int; is it in the model's configuration?")
-        for name, extra in self.extras.items():
-            if any(not isinstance(axis, int | str) for axis in extra.shape or ()):
-                raise ValueError(f"extras: {name} has the shape {extra.shape}, expected sizes and names of axes")
-        if not isinstance(self.path, Path):
-            raise ValueError(f"path: got {self.path!r}, expected a lct_core.noise.Path, with all of its methods")
-
-    def timestep(self, level: Tensor) -> Tensor:
-        """The model's own timestep at a noise level between 0, clean, and 1, noise."""
-        clean, noise = self.timesteps
-        return clean + (noise - clean) * level
 
 
 class Backbone(ABC):
@@ -502,130 +322,3 @@ class Backbone(ABC):
             # a text mask may stay on the CPU, where its values are read without waiting for the device
             if name != self.traits.text_mask or value.is_meta:
                 _check_device(f"extras: {name}", value, latents)
-
-
-class Support(NamedTuple):
-    """One row of the support table: some models that are alike in all of it, in words.
-
-    Args:
-        models: Their names.
-        text: Text path: ``"joint"``, or ``"cross"`` where text is cross-attended.
-        positions: How tokens know their place.
-        path: Path from data to noise, and what the model predicts.
-        time: The model's own timesteps at noise levels 0 and 1.
-        images: Image conditions and other extras that matter.
-        tested: What runs in the tests.
-    """
-
-    models: str
-    text: str
-    positions: str
-    path: str
-    time: str
-    images: str
-    tested: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class BackboneSpec:
-    """What a plugin announces about a backbone family: light data, no model library is imported for it.
-
-    Args:
-        name: Unique among all plugins.
-        summary: One line for ``lct backbones``.
-        handles: Full names of the model classes that the adapter takes, ``"package.module.Class"``.
-        adapter: Where the :class:`Backbone` is, ``"package.module:Class"``.
-        build: Where a function is that makes a model from keyword arguments, ``"package.module:function"``.
-        config: Arguments that make the family's usual model, where those that the class has by default do not.
-        tested_with: Versions of the model's library that the adapter was tested with, for people.
-        refuses: Classes that look servable and are not, by full name, with the reason.
-        support: What the family's models are like: the rows of the support table.
-    """
-
-    name: str
-    summary: str
-    handles: tuple[str, ...]
-    adapter: str
-    build: str | None = None
-    config: Mapping[str, Any] = field(default_factory=dict)
-    tested_with: str = ""
-    refuses: Mapping[str, str] = field(default_factory=dict)
-    support: tuple[Support, ...] = ()
-
-
-class KernelRequest(NamedTuple):
-    """One kind of attention call: what a kernel must serve."""
-
-    plan: AttentionPlan
-    device: torch.device
-    dtype: torch.dtype
-    heads: int
-    kv_heads: int
-    head_dim: int
-    grad: bool
-
-    @property
-    def hardware(self) -> str:
-        """What the kernel is to run on: ``"sm_90"`` and the like on CUDA, else the type of the device."""
-        return _hardware(self.device)
-
-
-@cache
-def _hardware(device: torch.device) -> str:
-    if device.type != "cuda" or torch.version.cuda is None:
-        return device.type
-    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
-
-
-@dataclass(frozen=True, kw_only=True)
-class KernelSpec:
-    """What a plugin announces about an attention kernel.
-
-    Args:
-        name: Unique among all plugins.
-        summary: One line for ``lct kernels``.
-        load: Imports and returns the kernel, ``kernel(q, k, v, plan, scale) -> out``, in the shapes of
-            :func:`lct_core.attend`.
-        refusals: Every reason why the kernel cannot serve a request; empty where it can. Must be cheap.
-        rank: Place in the order that ``kernel="auto"`` follows, lowest first; None where it must be asked for by name.
-            A function of the request where the place depends on hardware, pattern or shape. Torch's own SDPA, which
-            serves everything, has 100.
-    """
-
-    name: str
-    summary: str
-    load: Callable[[], Kernel]
-    refusals: Callable[[KernelRequest], list[str]]
-    rank: int | Callable[[KernelRequest], int | None] | None = None
-
-    def place(self, request: KernelRequest) -> int | None:
-        """The rank for a request."""
-        return self.rank(request) if callable(self.rank) else self.rank
-
-
-def _check_number(name: str, value: Any, *, positive: bool) -> None:
-    is_number = isinstance(value, int | float) and not (positive and isinstance(value, bool))
-    if not is_number or not 0 <= value <= sys.float_info.max or (positive and not value):
-        came = f"a tensor of shape {describe(value)}" if isinstance(value, Tensor) else describe(value)
-        kind = "above 0" if positive else "not negative"
-        raise ValueError(f"extras: {name} is {came}, expected a number, an int or a float, that is {kind}")
-
-
-def _check_device(name: str, value: Tensor, latents: Tensor) -> None:
-    if value.device != latents.device:
-        raise ValueError(
-            f"{name} is on {value.device}, expected {latents.device} as the latents are; move all of a shot with "
-            "ShotInput.to(device)"
-        )
-
-
-def _words(axes: Sequence[int | str]) -> str:
-    return f"[{', '.join(map(str, axes))}]"
-
-
-def describe(value: Shaped[Tensor, "..."] | object) -> str:
-    """A value as an error message shows it: a tensor by its shape, anything else in one line that is not long."""
-    if isinstance(value, Tensor):
-        return str(list(value.shape))
-    words = " ".join(repr(value).split())
-    return words if len(words) <= _LONG else f"{words[:_LONG]}..."

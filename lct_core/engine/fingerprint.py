@@ -1,11 +1,13 @@
 """Which model wrote a saved cache: another one's keys and values mean something else."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+from lct_core.rope import _close
 
 if TYPE_CHECKING:  # they import the cache
     from lct_core.experts import Experts
@@ -31,7 +33,6 @@ _ALIKE = {
     ),
 }
 _UNTOLD = ("shapes", "angles", "weights")  # which say nothing to a reader
-_ANGLES = 1e-5  # of the largest: how far devices may differ in computing them (ours)
 
 
 def identify(model: "SceneModel | Experts") -> dict[str, Any]:
@@ -108,20 +109,6 @@ def _angles(model: "SceneModel") -> list[float]:
     unit = torch.tensor([traits.unit], dtype=torch.float64, device=device)
     step = model.adapter.rope(unit) - model.adapter.rope(torch.zeros_like(unit))
     return step.double().flatten().tolist()
-
-
-def same_angles(then: Tensor | None, now: Tensor | None) -> bool:
-    """Whether angles are the same but for what devices make of the last bits; those on ``meta`` are any."""
-    if then is None or now is None:
-        return then is now
-    if then.is_meta or now.is_meta:
-        return True
-    return _close(*(x.double().flatten().tolist() for x in (then, now)))
-
-
-def _close(then: Sequence[float], now: Sequence[float]) -> bool:
-    most = _ANGLES * max(map(abs, now), default=0.0)
-    return len(then) == len(now) and all(abs(a - b) <= most for a, b in zip(then, now, strict=True))
 
 
 def _weights(parameters: list[tuple[str, nn.Parameter]]) -> str:

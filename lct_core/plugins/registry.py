@@ -7,7 +7,6 @@ group ``lct``. Hooks announce; they never choose.
 from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import cache, partial
-from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from pkgutil import resolve_name
 from typing import Any
@@ -16,28 +15,11 @@ import pluggy
 import torch
 from torch import nn
 
-from lct_core.backbone import Backbone, BackboneSpec, Kernel, KernelRequest, KernelSpec
+from lct_core.backbone.adapter import Backbone
+from lct_core.plugins import torch_kernels
+from lct_core.plugins.hooks import BackboneSpec, Hooks, Kernel, KernelRequest, KernelSpec, PluginError
 
 _MOST_RESOLVED, _MOST_SEGMENTS = 1024, 2**15  # plans whose kernels are remembered, and segments of theirs: some 20 MB
-
-hookspec = pluggy.HookspecMarker("lct")
-hookimpl = pluggy.HookimplMarker("lct")
-
-
-class PluginError(Exception):
-    """A plugin is broken, misspelt or clashes with another; the message says which and lists what there is."""
-
-
-class Hooks:
-    """What a plugin can announce."""
-
-    @hookspec
-    def lct_backbones(self) -> list[BackboneSpec]:  # type: ignore[empty-body]
-        """Backbone families that the plugin adapts."""
-
-    @hookspec
-    def lct_kernels(self) -> list[KernelSpec]:  # type: ignore[empty-body]
-        """Attention kernels that the plugin brings."""
 
 
 class Registry:
@@ -55,7 +37,7 @@ class Registry:
         self._manager.add_hookspecs(Hooks)
         self._resolved: dict[tuple[str, KernelRequest, bool], Kernel] = {}
         self._segments = 0
-        self.register(import_module("lct_core.attention"), name="lct_core")
+        self.register(torch_kernels, name="lct_core")
         for entry in plugins:
             try:
                 plugin = entry.load()

@@ -7,7 +7,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from lct_core.backbone import Backbone, ShotInput, describe
+from lct_core._describe import describe
+from lct_core.backbone.adapter import Backbone
+from lct_core.backbone.inputs import ShotInput
 
 
 @contextmanager

@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import nn
 
-from lct_core.backbone import Backbone
-from lct_core.cli.factory import call, load
+from lct_core.backbone.adapter import Backbone
+from lct_core.checkpoints.factory import call, load
 from lct_core.codec import Codec, LinearCodec, words
 from lct_core.coordinates import Scheme, check_scheme
 from lct_core.data import VideoScene
-from lct_core.plugins import registry
+from lct_core.plugins.registry import registry
 from lct_core.scene_model import SceneModel, retrofit
 
 Source = Mapping[str, Any]
@@ -74,7 +74,7 @@ class ModelCard:
         if missing := [name for name in names if name not in about]:
             raise ValueError(
                 f"{path}: does not say its model's {', '.join(missing)}, expected a file of lct tune or lct demo; "
-                "lct_core.training.tune keeps what it gets as about=lct_core.cli.source.ModelCard(...).state()"
+                "lct_core.training.tune keeps what it gets as about=lct_core.checkpoints.ModelCard(...).state()"
             )
         try:
             return cls(**{name: about[name] for name in names})
