@@ -16,7 +16,7 @@ endif
 ARGS ?=
 # 75 is the exit code of a process that a kernel has lost the GPU to; more than so many are not worth their time.
 RESTARTS := 50
-GPU_TESTS = $(shell grep -l 'mark\.gpu' tests/test_*.py)
+GPU_TESTS = $(shell grep -rl --include='test_*.py' 'mark\.gpu' tests)
 GPU_BENCHMARKS = $(filter-out benchmarks/test_attention.py,$(shell grep -l 'mark\.gpu' benchmarks/test_*.py))
 
 .PHONY: demo test test-oldest test-newest lint bench bench-history bench-gpu clean

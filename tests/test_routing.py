@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from toys import TOYS, toy
 
 from lct_backbones.mmdit import tiny
 from lct_core import KVCache, Layout, Range, Shot, attention, retrofit, selected_history
@@ -20,6 +19,7 @@ from lct_core.plugins.registry import registry as plugins
 from lct_core.routing import Tally, TopK, attend_routed
 from lct_core.testing.strategies import layouts
 from lct_core.testing.tolerances import BOUNDS, error
+from tests.toys import TOYS, toy
 
 FLOAT32 = BOUNDS[torch.float32]
 LAYOUT = Layout(
