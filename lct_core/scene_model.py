@@ -1,23 +1,25 @@
 """The engine: it joins the shots of a scene inside every block of a single-shot DiT."""
 
 from collections.abc import Sequence
-from inspect import unwrap
 from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lct_core.backbone.adapter import Backbone
-from lct_core.cache import KVCache, Stage
+from lct_core.backbone import Backbone
+from lct_core.cache import KVCache
 from lct_core.coordinates import Scheme, check_scheme
-from lct_core.engine.call import _Call, _Dispatch
+from lct_core.denoiser import Denoiser
+from lct_core.engine.call import Call
+from lct_core.engine.dispatch import install
 from lct_core.engine.explain import check_finite, explained
-from lct_core.engine.joining import _rotates_plainly
-from lct_core.engine.scene import Scene, _complete, as_scenes, noise_levels
-from lct_core.engine.visibility import TextScope, _text_scope
+from lct_core.engine.joining import rotates_plainly
+from lct_core.engine.scene import Scene, as_scenes, complete, noise_levels
+from lct_core.engine.visibility import TextScope, check_text_scope
+from lct_core.fingerprint import fingerprint
 from lct_core.layout import Layout
 from lct_core.patterns import Pattern
-from lct_core.plugins.registry import registry
+from lct_core.plugins import registry
 from lct_core.rope import Rotary
 
 
@@ -72,11 +74,13 @@ def retrofit(
     )
 
 
-class SceneModel:
+class SceneModel(Denoiser[KVCache]):
     """A single-shot DiT that sees whole scenes (paper, 3.2). Made by :func:`retrofit`.
 
     Not a module: ``backbone`` is, and is what one trains, saves and moves between devices.
     """
+
+    _cache = KVCache
 
     def __init__(
         self,
@@ -92,7 +96,7 @@ class SceneModel:
     ) -> None:
         self.adapter = adapter
         self.scheme: Scheme = check_scheme(scheme)
-        self.text = _text_scope(text, adapter)
+        self.text = check_text_scope(text, adapter)
         self.compile = compile
         self.rotary = _rotary(rotary, adapter)
         _check_served(adapter)
@@ -100,14 +104,7 @@ class SceneModel:
         self.gradient_checkpointing = gradient_checkpointing
         self.batch_shots = batch_shots
         for module in (adapter.model, *adapter.blocks):
-            own = module.__dict__.get("forward")
-            if own is None:
-                module.forward = _Dispatch(module)
-            elif not isinstance(unwrap(own), _Dispatch):
-                raise ValueError(
-                    f"model: this {type(module).__name__}'s forward was replaced on the instance, by an offloading "
-                    "hook for example, and would be lost; retrofit first, add such hooks afterwards"
-                )
+            install(module)
 
     @property
     def backbone(self) -> nn.Module:
@@ -121,6 +118,7 @@ class SceneModel:
         *,
         pattern: str | Pattern = "bidirectional",
         cache: KVCache | None = None,
+        denoised: Sequence[int] | None = None,
         text_free: bool = False,
     ) -> list[Any]:
         """Predict for all shots of a scene at once, each at its own noise level.
@@ -133,6 +131,7 @@ class SceneModel:
                 with a cache, that layout begins with the history. A :class:`lct_core.routing.Router` makes its plans
                 in every block, from queries and keys.
             cache: History that the shots also see; their own keys and values are written behind it. Takes one scene.
+            denoised: Ignored: one model serves all levels, see :class:`lct_core.Experts`.
             text_free: Whether the shots hear no prompt: what their cross-attention to text gives is put to zero, and a
                 cache gets no text of theirs, so that what it keeps serves any prompt.
 
@@ -150,7 +149,7 @@ class SceneModel:
                 f"text_free: got True, but the text of {type(self.backbone).__name__} takes part in self-attention and "
                 "cannot be left out of it; expected False, the default"
             )
-        given = [shot for scene in scenes for shot in _complete(scene, self.adapter)]
+        given = [shot for scene in scenes for shot in complete(scene, self.adapter)]
         for shot in given:
             self.adapter.shot(shot)  # refuses what came; then the same without padding
         with explained(self.adapter, given):
@@ -172,17 +171,22 @@ class SceneModel:
         levels = noise_levels(t, [shot.role for shot in counts], batch)
         flat = iter(counts)
         layout = Layout([[next(flat) for _ in scene] for scene in scenes], self.adapter.traits.text_first)
-        call = _Call(self, layout, inputs, levels.to(inputs[0].latents.device), pattern, cache, text_free)
+        call = Call(self, layout, inputs, levels, pattern, cache, text_free)
         with explained(self.adapter, inputs):
             outputs = iter(self.backbone(call, inputs))
-        if cache is not None:
-            kept = layout.video_only if text_free else layout
-            cache.stage(Stage(kept.shots, levels, call.origins, call.extents))
         return [[next(outputs) for _ in scene] for scene in scenes] if nested else list(outputs)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What tells this model from others that would read its cache wrongly, as JSON can say it.
+
+        Raises:
+            ValueError: where weights are not in memory, being offloaded.
+        """
+        return fingerprint(self.adapter, scheme=self.scheme, text=self.text)
 
 
 def _rotary(rotary: Rotary | None, adapter: Backbone) -> Rotary | None:
-    if rotary is not None and not (adapter.traits.pairing and _rotates_plainly(adapter)):
+    if rotary is not None and not (adapter.traits.pairing and rotates_plainly(adapter)):
         has = "rotates in a way of its own" if adapter.traits.pairing else "has no RoPE"
         raise ValueError(f"rotary: got one, but this {type(adapter.model).__name__} {has}; expected None, the default")
     return rotary

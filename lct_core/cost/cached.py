@@ -6,14 +6,16 @@ from dataclasses import replace
 from functools import partial
 from itertools import product
 from math import gcd
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 
-from lct_core.cache import Budget, KVCache, SiteSize, Stage, Storage, Tier, shot_bytes
+from lct_core.cache import Budget, KVCache, SiteSize, Space, StagedShots, Tier, shot_bytes
+from lct_core.cache.budget import divided
 from lct_core.cache.working import WorkingRows, rows_at_once
 from lct_core.cost.meter import Meter
 from lct_core.cost.passes import Pass
+from lct_core.generation import Sampling
 from lct_core.generation.history import room
 from lct_core.layout import Shot
 from lct_core.rope import Pairing
@@ -38,9 +40,7 @@ def held(
     scenes: Sequence[Sequence[Shot]],
     run: Sequence[Pass],
     *,
-    window: int = 9,
-    storage: Storage = "native",
-    budget: Budget | None = None,
+    sampling: Sampling,
     device: str = "cpu",
 ) -> Held:
     """What a cache holds after some passes, and held meanwhile.
@@ -49,9 +49,7 @@ def held(
         meter: Knows the model's attentions.
         scenes: The shots of the branch of guidance that it is the cache of; of both, where they share it.
         run: The passes; of those that are text-free, both branches run one.
-        window: For how many shots it is made with room, as :class:`Director` does.
-        storage: As :class:`KVCache` takes it.
-        budget: As :class:`KVCache` takes it; nothing is written to its folder.
+        sampling: How it generates; nothing is written to the folder of its budget.
         device: The kind that it is for: a GPU has a second row where a history is brought.
 
     Raises:
@@ -59,7 +57,7 @@ def held(
     """
     sizes = meter.sites(next(shot for shot in scenes[0] if shot.role == "shot"))
     parts = gcd(*(size.heads for size in sizes.values()))
-    shares = partial(_held, meter, scenes, run, sizes, window=window, storage=storage, budget=budget, device=device)
+    shares = partial(_held, meter, scenes, run, sizes, sampling=sampling, device=device)
     try:
         return shares(parts)
     except ValueError:  # which speaks of a share of the budget
@@ -96,20 +94,18 @@ def _held(
     sizes: Mapping[tuple[int, str], SiteSize],
     parts: int,
     *,
-    window: int,
-    storage: Storage,
-    budget: Budget | None,
+    sampling: Sampling,
     device: str,
 ) -> Held:
     """By one of so many equal shares of all heads."""
     shares = {key: size._replace(heads=size.heads // parts) for key, size in sizes.items()}
-    pairing = meter.adapter.traits.pairing
+    pairing, storage, budget = meter.adapter.traits.pairing, sampling.storage, sampling.budget
     cache = KVCache(
-        capacity=room(scenes[0], window, text=meter.adapter.traits.text == "joint"),
+        capacity=room(scenes[0], sampling.window, text=meter.adapter.traits.text == "joint"),
         storage=storage,
         budget=budget and _share(budget, parts),
     )
-    cache._own.working = WorkingRows(kind=device)
+    cache._holdings[0].working = WorkingRows(kind=device)
     indices: dict[Hashable, int] = {}  # of what it holds, as it was appended
     for step, (branch, scene) in product(run, enumerate(scenes)):
         if not step.cached or (step.text_free and branch):
@@ -127,7 +123,11 @@ def _held(
             cache.append(*(ids[i] for i in step.row))
             indices |= {ids[i]: i for i in step.row}
     entries = {entry.id: entry for entry in cache.held}
-    each = {i: _nbytes(sizes, entry.shot, storage) for i, entry in entries.items()}
+    spaces = get_args(Space)
+    each = {
+        i: shot_bytes([*sizes.values()], {space: entry.tokens(space) for space in spaces}, storage)
+        for i, entry in entries.items()
+    }
     tiers = {tier: parts * count for tier, count in cache.bytes_by_tier.items()}
     if budget is not None and budget.folder is not None and budget.host is not None:
         for i in reversed(budget.policy([entries[i] for i in indices])):
@@ -139,15 +139,10 @@ def _held(
     return Held(parts * cache.peak_nbytes, tiers, shots_bytes)
 
 
-def _nbytes(sizes: Mapping[tuple[int, str], SiteSize], shot: Shot, storage: Storage) -> int:
-    """Bytes of a shot's keys and values, as they are stored."""
-    return shot_bytes([*sizes.values()], {"tokens": shot.tokens, "video": shot.video, "text": shot.text}, storage)
-
-
 def _share(budget: Budget, parts: int) -> Budget:
     """A budget for a share of all bytes; what goes to files is left in host memory, as there is nothing to write."""
-    device, host = (None if count is None else count // parts for count in (budget.device, budget.host))
-    return replace(budget, device=device, host=None if budget.folder else host, folder=None)
+    share = divided(budget, parts)
+    return replace(share, host=None if budget.folder else share.host, folder=None)
 
 
 def _call(
@@ -158,13 +153,14 @@ def _call(
     step: Pass,
 ) -> None:
     """Write what a call of the model writes."""
-    cache.begin("anchored", None if pairing is None else torch.zeros(1, 1), pairing)
-    for key, size in sites.items():
-        if step.text_free and size.space == "text":
-            continue
-        tokens = sum(getattr(shot, size.space) for shot in shots)
-        k, v = (torch.empty(1, tokens, size.heads, n, dtype=size.dtype, device="meta") for n in size.channels)
-        cache.write(key, size.space, k, v)
     extents = [max(1, *shot.grid) for shot in shots]  # whatever they are, the same shots are moved
     origins = [cache.end + sum(extents[:n]) for n in range(len(shots))]
-    cache.stage(Stage(tuple(shots), torch.zeros(1, len(shots)), tuple(origins), tuple(extents)))
+    staged = StagedShots(tuple(shots), torch.zeros(1, len(shots)), tuple(origins), tuple(extents))
+    diagonal = None if pairing is None else torch.zeros(1, 1)
+    with cache.writing(staged, scheme="anchored", diagonal=diagonal, pairing=pairing) as write:
+        for key, size in sites.items():
+            if step.text_free and size.space == "text":
+                continue
+            tokens = sum(getattr(shot, size.space) for shot in shots)
+            k, v = (torch.empty(1, tokens, size.heads, n, dtype=size.dtype, device="meta") for n in size.channels)
+            write(key, size.space, k, v)

@@ -2,10 +2,9 @@
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, replace
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -14,18 +13,17 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from lct_core import patterns as masks
 from lct_core.attention import attend
-from lct_core.backbone.adapter import QKV, Backbone, Site, State, Tokens
-from lct_core.backbone.inputs import ShotInput
-from lct_core.cache import SiteSize, Space
+from lct_core.backbone import QKV, Backbone, ShotInput, Site, State
+from lct_core.backbone.adapter import Tokens
+from lct_core.cache import SiteSize
 from lct_core.cost.live import Live
 from lct_core.cost.passes import Pass
-from lct_core.engine.joining import alike, stacked
-from lct_core.engine.visibility import TextScope
-from lct_core.layout import Layout, Range, Shot
+from lct_core.engine.joining import Groups, across_shots, cat
+from lct_core.engine.visibility import TextScope, Visibility, key_space, sees_others
+from lct_core.engine.walk import Changes, Through, through_sites, walk
+from lct_core.layout import Layout, Shot
 from lct_core.patterns import Pattern
-from lct_core.plan import AttentionPlan
 from lct_core.rope import Rotation, pays_in_pieces
 from lct_core.scene_model import SceneModel
 
@@ -77,10 +75,6 @@ class _OneShot(NamedTuple):
     attentions: tuple[_Attention, ...]
 
 
-_Groups = Sequence[Sequence[int]]  # shots that go through the blocks as one batch, by their place in the row
-_Attend = Callable[[_Groups, int, Site, Sequence[QKV]], Sequence[Tensor]]
-
-
 class Meter:
     """Counts what a model's passes take, from its own layers; every shape of a shot is looked at once.
 
@@ -128,7 +122,7 @@ class Meter:
             ValueError: as :meth:`cost` does.
         """
         attentions = self._one(shot).attentions
-        return {(each.block, each.site.name): each.keys for each in attentions if self._is_cached(each.site)}
+        return {(each.block, each.site.name): each.keys for each in attentions if sees_others(each.site, self.text)}
 
     def activations(self, scene: Sequence[Shot], step: Pass, *, device: str = "cpu") -> int:
         """Most bytes that are alive at once in a pass, beside weights and cache, for one entry of a batch.
@@ -150,84 +144,65 @@ class Meter:
         return self._activations[key][1]
 
     def _live(self, shots: Sequence[Shot], step: Pass, device: str) -> int:
-        alone = Layout([shots], self.adapter.traits.text_first)  # a cached history is seen in place
         blocks = self._blocks_of_each_kind()
-        sites = {site for block in blocks for site in self.adapter.sites(block)}
-        plans = {site: self._plan(site, alone, len(shots), step.pattern) for site in sites}
-        rows: dict[Site, Sequence[Tensor]] = {}
+        sees = self._sees(shots, step.pattern)  # a cached history is seen in place
+        rows: dict[Site, tuple[Tensor, Tensor]] = {}
 
-        def attend_to(groups: _Groups, block: int, site: Site, parts: Sequence[QKV]) -> Sequence[Tensor]:
-            by = None if site.joint == "text" else turns[site.tokens]
-            queries, keys, values = (_shot_by_shot([part[i] for part in parts], groups) for i in range(3))
-            q, k, v = self._row(queries, by, device), self._row(keys, by, device), self._row(values, None, device)
-            if step.cached and self._is_cached(site):
-                k, v = rows.setdefault(site, (k, v))
-            outs = attend(q, k, v, plans[site], kernel="sdpa").split([x.shape[1] for x in queries], dim=1)
-            return [_cat([outs[i] for i in group], dim=0).contiguous() for group in groups]
+        def through(index: int, block: nn.Module, groups: Groups, states: list[State]) -> Changes:
+            def attend_to(site: Site, parts: Sequence[QKV]) -> Sequence[Tensor]:
+                def attention(queries: Sequence[Tensor], keys: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
+                    by = None if site.joint == "text" else turns[site.tokens]
+                    q, k, v = self._row(queries, by, device), self._row(keys, by, device), cat(values, dim=1)
+                    if step.cached and sees_others(site, self.text):
+                        k, v = rows.setdefault(site, (k, v))
+                    return attend(q, k, v, sees.plan(site), kernel="sdpa")
+
+                return across_shots(parts, groups, attention)
+
+            return through_sites(self.adapter, block, states, attend_to)
 
         with _explained(self.adapter), torch.no_grad(), _WithoutScores():
+            inputs = self._inputs(shots)
             if step.cached:  # so that its rows are there before
                 turns = self._rotations(shots)
-                self._walk(shots, blocks, attend_to)
+                self._walk(shots, inputs, through, blocks=blocks)
             with Live() as live:
                 turns = self._rotations(shots)
-                self._walk(shots, blocks, attend_to)
+                self._walk(shots, inputs, through, blocks=blocks)
         return live.peak
 
     def _cost(self, scene: Sequence[Shot], step: Pass) -> Cost:
         shots = [scene[i] for i in step.row]
-        whole = Layout([[*(scene[i] for i in step.behind), *shots]], self.adapter.traits.text_first)
-        pairs: dict[Site, int] = {}
-        attention = 0
-        for _, site, heads, keys in self._one(shots[0]).attentions:
-            if step.text_free and site.joint == "text":
-                continue
-            if site not in pairs:
-                pairs[site] = self._plan(site, whole, len(shots), step.pattern).pairs
-            attention += 2 * heads * sum(keys.channels) * pairs[site]
+        sees = self._sees(shots, step.pattern, history=[scene[i] for i in step.behind])
+        attention = sum(
+            2 * each.heads * sum(each.keys.channels) * sees.plan(each.site).pairs
+            for each in self._one(shots[0]).attentions
+            if not (step.text_free and each.site.joint == "text")
+        )
         together = attention if len(shots) > 1 else 0
         return Cost(sum(self._one(shot).linear for shot in shots), attention, 1, len(shots), together)
 
-    def _plan(self, site: Site, whole: Layout, last: int, pattern: Pattern) -> AttentionPlan:
-        """Whom the last shots see at a site, as the engine has it."""
-        own = Layout([whole.shots[-last:]], whole.text_first)
-        if site.joint == "own_shot":
-            return masks.own_shot(self._attending(site, own))
-        if site.joint == "text" and self.text == "own":
-            return masks.own_text(own)
-        if site.joint == "joined":
-            plan = pattern(self._attending(site, whole))
-        elif self.text == "own_and_global":
-            plan = masks.own_and_global_text(whole)
-        else:
-            plan = masks.seen_text(whole, pattern(whole.video_only))
-        queries = (self._attending(site, own) if site.joint == "joined" else own.video_only).tokens
-        return plan.rows(Range(plan.queries - queries, plan.queries))
-
-    def _attending(self, site: Site, layout: Layout) -> Layout:
-        return layout if self._space(site) == "tokens" else layout.video_only
-
-    def _space(self, site: Site) -> Space:
-        if site.joint == "text":
-            return "text"
-        return "tokens" if self.adapter.traits.text == "joint" and site.tokens == "all" else "video"
-
-    def _is_cached(self, site: Site) -> bool:
-        return site.joint == "joined" or (site.joint == "text" and self.text != "own")
+    def _sees(self, shots: Sequence[Shot], pattern: Pattern, *, history: Sequence[Shot] | None = None) -> Visibility:
+        layout = Layout([shots], self.adapter.traits.text_first)
+        return Visibility(self.adapter.traits, layout, pattern=pattern, text=self.text, history=history)
 
     def _one(self, shot: Shot) -> _OneShot:
         """One shot through all layers, its attention left out."""
         if shot not in self._shots:
             attentions: list[_Attention] = []
 
-            def skip(groups: _Groups, block: int, site: Site, parts: Sequence[QKV]) -> Sequence[Tensor]:
-                ((q, k, v, _),) = parts
-                keys = SiteSize(self._space(site), 1, k.shape[2], (k.shape[3], v.shape[3]), k.dtype)
-                attentions.append(_Attention(block, site, q.shape[2], keys))
-                return [torch.empty_like(q)]
+            def through(index: int, block: nn.Module, groups: Groups, states: list[State]) -> Changes:
+                def skip(site: Site, parts: Sequence[QKV]) -> Sequence[Tensor]:
+                    ((q, k, v, _),) = parts
+                    space = key_space(site, self.adapter.traits)
+                    keys = SiteSize(space, 1, k.shape[2], (k.shape[3], v.shape[3]), k.dtype)
+                    attentions.append(_Attention(index, site, q.shape[2], keys))
+                    return [torch.empty_like(q)]
+
+                return through_sites(self.adapter, block, states, skip)
 
             with _explained(self.adapter), torch.no_grad(), FlopCounterMode(display=False) as counter:
-                self._walk([shot], self.adapter.blocks, skip)
+                self._walk([shot], self._inputs([shot]), through)
             self._shots[shot] = _OneShot(counter.get_total_flops(), tuple(attentions))
         return self._shots[shot]
 
@@ -238,44 +213,26 @@ class Meter:
             kinds.setdefault((type(block), tuple(self.adapter.sites(block))), []).append(block)
         return [block for alike in kinds.values() for block in alike[:2]]
 
-    def _walk(self, shots: Sequence[Shot], blocks: Sequence[nn.Module], attend_to: _Attend) -> None:
-        """Some shots through some of the model's blocks, as the engine has them."""
-        encoded = [self._encoded(shot) for shot in shots]
-        groups = alike(encoded) if self._batching else [[i] for i in range(len(shots))]
-        states = [stacked([encoded[i] for i in group]) for group in groups]
-        del encoded
-        for i, block in enumerate(blocks):
-            states = self._through(block, states, partial(attend_to, groups, i))
-        tokens = _shot_by_shot([self.adapter.head(state) for state in states], groups)
-        for shot, out in zip(shots, tokens, strict=True):
-            if shot.video:
-                self.adapter.unpatchify(out, shot)
+    def _walk(
+        self,
+        shots: Sequence[Shot],
+        inputs: Sequence[ShotInput],
+        through: Through,
+        *,
+        blocks: Sequence[nn.Module] | None = None,
+    ) -> None:
+        timesteps = torch.zeros(1, len(shots), device="meta")
+        walk(self.adapter, shots, inputs, timesteps, through, blocks=blocks, batch_shots=self._batching)
 
-    def _through(
-        self, block: nn.Module, states: Sequence[State], attend_to: Callable[[Site, Sequence[QKV]], Sequence[Tensor]]
-    ) -> list[State]:
-        for site in self.adapter.sites(block):
-            parts = [self.adapter.qkv(block, site, state) for state in states]
-            attended = attend_to(site, parts)
-            changed = [
-                self.adapter.finish(block, site, state, out, part.aux)
-                for state, part, out in zip(states, parts, attended, strict=True)
-            ]
-            states = [State({**s.streams, **new}, s.conditioning) for s, new in zip(states, changed, strict=True)]
-        return list(states)
-
-    def _encoded(self, shot: Shot) -> State:
-        state = self.adapter.encode(self.adapter.prepare(self._example(shot)), torch.zeros(1, device="meta"))
-        if shot.video:
-            return state
-        return State({name: x[:, :0] for name, x in state.streams.items()}, state.conditioning)  # a prompt alone
+    def _inputs(self, shots: Sequence[Shot]) -> list[ShotInput]:
+        return [self.adapter.prepare(self._example(shot)) for shot in shots]
 
     def _row(self, parts: Sequence[Tensor], by: Rotation | None, device: str) -> Tensor:
-        """All shots' queries, keys or values in one row, rotated as the engine does it."""
+        """All shots' queries or keys in one row, rotated as the engine does it."""
         stands_in = [torch.empty((), device=device).expand(part.shape) for part in parts] if by else []
         if by is not None and pays_in_pieces(stands_in):
             return parts[0].new_empty(len(parts[0]), sum(part.shape[1] for part in parts), *parts[0].shape[2:])
-        x = _cat(parts, dim=1)
+        x = cat(parts, dim=1)
         return x if by is None else self.adapter.rotate(x, by)
 
     def _rotations(self, shots: Sequence[Shot]) -> dict[Tokens, Rotation | None]:
@@ -330,19 +287,6 @@ def example(adapter: Backbone, shot: Shot, *, dtype: torch.dtype) -> ShotInput:
     given = adapter.example(sized, batch=1, generator=torch.Generator().manual_seed(0), dtype=dtype)
     extras = {name: x for name, x in given.extras.items() if adapter.traits.extras[name].required}
     return replace(given, extras=extras) if shot.video else ShotInput(text=given.text, extras=extras, role=given.role)
-
-
-def _shot_by_shot(grouped: Sequence[Tensor], groups: _Groups) -> list[Tensor]:
-    parts = {
-        i: x
-        for group, whole in zip(groups, grouped, strict=True)
-        for i, x in zip(group, whole.chunk(len(group)), strict=True)
-    }
-    return [parts[i] for i in range(len(parts))]
-
-
-def _cat(parts: Sequence[Tensor], *, dim: int) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat([*parts], dim=dim)
 
 
 def _angles(adapter: Backbone) -> Tensor:

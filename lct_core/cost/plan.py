@@ -3,17 +3,19 @@
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import get_args
+from typing import Unpack, get_args
 
-from lct_core.backbone.adapter import Backbone
-from lct_core.cache import Budget, Storage, Tier
+from lct_core.backbone import Backbone
+from lct_core.cache import Tier
 from lct_core.cost.cached import held, least_budget
 from lct_core.cost.meter import Cost, Meter
 from lct_core.cost.passes import Pass, passes
 from lct_core.cost.throughput import Throughput
 from lct_core.engine.visibility import TextScope
-from lct_core.generation.takes import Mode, Take, takes_of
-from lct_core.generation.write import Write, check_shared_history
+from lct_core.generation import Sampling, Take
+from lct_core.generation.sampling import PlanOptions
+from lct_core.generation.takes import Mode, takes_of
+from lct_core.generation.write import check_shared_history
 from lct_core.layout import Shot
 from lct_core.patterns import Pattern
 from lct_core.scene_model import SceneModel
@@ -77,17 +79,13 @@ def plan(
     scene: Sequence[Shot],
     *,
     mode: Mode | Sequence[Take] = "causal",
-    steps: int = 32,
-    window: int = 9,
     given: Collection[int] = (),
     pattern: str | Pattern = "bidirectional",
     negative: Sequence[Shot] | None = None,
-    shared_history: bool = False,
-    write: Write = "pass",
-    storage: Storage = "native",
-    budget: Budget | None = None,
     device: str = "cpu",
     throughput: Throughput | None = None,
+    sampling: Sampling | None = None,
+    **options: Unpack[PlanOptions],
 ) -> Plan:
     """Plan a generation from token counts alone, for one entry of a batch.
 
@@ -98,43 +96,60 @@ def plan(
         model: A scene model; an adapter, whose model may be without weights; or what has measured one.
         scene: The shots' token counts (:meth:`Backbone.shot`), a global shot first where there is one.
         mode: One of :mod:`lct_core.generation`, or takes of one's own.
-        steps: Calls of the model for every take (paper, A.2: 32).
-        window: Most shots that a shot sees, itself counted (paper, 4: nine).
         given: Shots that are not to be generated, by index.
         pattern: Who sees whom in a row; the mode ``causal`` is context-causal.
         negative: The scene with the negative prompts of guidance, which runs every pass a second time and keeps a
             second cache (default: no guidance).
-        shared_history: Whether one cache serves both branches of guidance, as :class:`Guidance` has it.
-        write: When keys and values are written, see :func:`lct_core.cost.passes`. Where a history is brought and the
-            nearest step is the last, ``"nearest"`` takes one call's keys and values less than is said.
-        storage: How they are kept.
-        budget: What may be held where (default: all on the device).
         device: The kind of device that it is run on, ``"cpu"`` or ``"cuda"``.
         throughput: How fast the model is (default: no time is given).
+        sampling: How it generates, see :func:`lct_core.cost.passes` (default: ``Sampling()``). Where a history is
+            brought and the nearest step is the last, ``write="nearest"`` takes one call's keys and values less than is
+            said.
+        options: Fields of the sampling.
 
     Raises:
-        ValueError: for what no model or cache would take, and a model that cannot be run without values.
+        ValueError: for guidance without negative prompts, what no model or cache would take, and a model that cannot be
+            run without values.
     """
-    first, cross = [shot for shot in scene if shot.role == "global"], _adapter(model).traits.text == "cross"
-    text: TextScope = "own_and_global" if first and cross else "own"
+    sampling = Sampling.of(sampling, options)
+    adapter = model if isinstance(model, Backbone) else model.adapter
+    prompted = adapter.traits.text == "cross" and any(shot.role == "global" for shot in scene)
+    text: TextScope = "own_and_global" if prompted else "own"
     meter = model if isinstance(model, Meter) else Meter(model, text=text)
     scenes = [scene] if negative is None else [scene, negative]
     if any([(s.grid, s.role) for s in branch] != [(s.grid, s.role) for s in scene] for branch in scenes):
         raise ValueError(f"negative: got {list(scenes[-1])}, expected the scene's shots with texts of other lengths")
-    takes = takes_of(mode, scene, window=window, given=given, pattern=pattern) if isinstance(mode, str) else [*mode]
-    if shared_history:
+    if negative is None and sampling.guided:
+        raise ValueError(
+            "negative: got None, but the sampling has guidance, which runs every pass a second time; expected the "
+            "scene with the negative prompts' tokens"
+        )
+    named = partial(takes_of, scene=scene, window=sampling.window, given=given, pattern=pattern)
+    takes = named(mode) if isinstance(mode, str) else [*mode]
+    if sampling.shares_history:
         if negative is None:
             raise ValueError("shared_history: got True without negative, whose branch is to share the history")
         check_shared_history(meter.adapter, meter.text)
-    run = passes(scene, takes, steps=steps, window=window, write=write, shared_history=shared_history)
-    hold = partial(held, meter, run=run, window=window, storage=storage, budget=budget, device=device)
-    seeing = [tuple(map(tuple, scenes))] if shared_history else [(tuple(branch),) for branch in scenes]
+    run = passes(scene, takes, sampling=sampling)
+    hold = partial(held, meter, run=run, sampling=sampling, device=device)
+    seeing = [tuple(map(tuple, scenes))] if sampling.shares_history else [(tuple(branch),) for branch in scenes]
     alike = {branches: hold(branches) for branches in seeing}
     caches = [alike[branches] for branches in seeing]
-    rows = tuple(
-        _take(shots, group, meter, scenes, sum(cache.shots.get(i, 0) for cache in caches for i in shots), throughput)
-        for shots, group in _grouped(run, takes).items()
-    )
+
+    def taken(shots: tuple[int, ...], group: Sequence[Pass]) -> PlannedTake:
+        step = max(group, key=lambda step: step.times)
+        by_branch = group, [step for step in group if not step.text_free]
+        cost = sum((meter.cost(*branch) for branch in zip(scenes, by_branch, strict=False)), Cost())
+        return PlannedTake(
+            shots=shots,
+            tokens=sum(scene[i].tokens for i in step.row),
+            seen=sum(scene[i].tokens for i in step.behind),
+            cost=cost,
+            cache=sum(cache.shots.get(i, 0) for cache in caches for i in shots),
+            seconds=None if throughput is None else throughput.seconds(cost),
+        )
+
+    rows = tuple(taken(shots, group) for shots, group in _grouped(run, takes).items())
     cost = sum((row.cost for row in rows), Cost())
     largest = max(run, key=lambda step: sum(scene[i].tokens for i in step.row))
     return Plan(
@@ -155,10 +170,6 @@ def plan(
     )
 
 
-def _adapter(model: SceneModel | Backbone | Meter) -> Backbone:
-    return model if isinstance(model, Backbone) else model.adapter
-
-
 def _grouped(run: Sequence[Pass], takes: Sequence[Take]) -> dict[tuple[int, ...], list[Pass]]:
     """The passes by the take that they are run for; of a shot that none makes, by the shot."""
     made_with = {i: take.shots for take in takes for i in take.shots}
@@ -166,24 +177,3 @@ def _grouped(run: Sequence[Pass], takes: Sequence[Take]) -> dict[tuple[int, ...]
     for step in run:
         groups.setdefault(made_with.get(step.made[0], step.made), []).append(step)
     return groups
-
-
-def _take(
-    shots: tuple[int, ...],
-    group: Sequence[Pass],
-    meter: Meter,
-    scenes: Sequence[Sequence[Shot]],
-    cache: int,
-    throughput: Throughput | None,
-) -> PlannedTake:
-    step = max(group, key=lambda step: step.times)
-    by_branch = group, [step for step in group if not step.text_free]
-    cost = sum((meter.cost(*branch) for branch in zip(scenes, by_branch, strict=False)), Cost())
-    return PlannedTake(
-        shots=shots,
-        tokens=sum(scenes[0][i].tokens for i in step.row),
-        seen=sum(scenes[0][i].tokens for i in step.behind),
-        cost=cost,
-        cache=cache,
-        seconds=None if throughput is None else throughput.seconds(cost),
-    )

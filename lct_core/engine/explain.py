@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from lct_core._describe import describe
-from lct_core.backbone.adapter import Backbone
-from lct_core.backbone.inputs import ShotInput
+from lct_core.backbone import Backbone, ShotInput
 
 
 @contextmanager

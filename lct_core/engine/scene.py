@@ -9,8 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lct_core._describe import describe
-from lct_core.backbone.adapter import Backbone
-from lct_core.backbone.inputs import ShotInput
+from lct_core.backbone import Backbone, ShotInput
 from lct_core.layout import Role
 
 Scene = Sequence[ShotInput]
@@ -82,7 +81,7 @@ def with_dummy_video(scene: Scene, adapter: Backbone) -> list[ShotInput]:
     return [replace(first, latents=torch.zeros_like(rest[0].latents[:, :, : adapter.traits.patch[0]])), *rest]
 
 
-def _complete(scene: Scene, adapter: Backbone) -> list[ShotInput]:
+def complete(scene: Scene, adapter: Backbone) -> list[ShotInput]:
     """The scene with latents everywhere; those of a global prompt without video stand for a size only."""
     first, *rest = with_dummy_video(scene, adapter)
     if first.role != "global" or adapter.traits.text == "joint":
