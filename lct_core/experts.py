@@ -6,18 +6,17 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from lct_core.backbone.adapter import Backbone
-from lct_core.cache import Budget, KVCache, Storage
-from lct_core.cache.expert_cache import ExpertCache
+from lct_core.cache import ExpertCache
+from lct_core.denoiser import Denoiser
 from lct_core.engine.scene import Scene, as_scenes, noise_levels
 from lct_core.patterns import Pattern
 from lct_core.scene_model import SceneModel
 
 
-class Experts:
+class Experts(Denoiser[ExpertCache]):
     """Two scene models, one for high noise levels and one for low ones; used like a :class:`SceneModel`.
 
-    The shots that are being denoised decide which of them runs, not conditions or a history at a low level beside them.
+    The level of the shots that are being denoised decides which of them runs, not that of conditions or history.
 
     Args:
         high: The expert of levels from ``boundary`` up (diffusers: ``pipeline.transformer``).
@@ -29,6 +28,9 @@ class Experts:
         ValueError: for experts that do not take the same inputs, and a boundary outside (0, 1).
     """
 
+    several = True
+    _cache = ExpertCache
+
     def __init__(self, high: SceneModel, low: SceneModel, *, boundary: float) -> None:
         if not 0 < boundary < 1:
             raise ValueError(f"boundary: got {boundary!r}, expected a noise level between 0 and 1, such as 0.875")
@@ -37,11 +39,7 @@ class Experts:
                 "high, low: their traits, scheme or text differ, expected two experts of one model, retrofitted alike"
             )
         self.high, self.low, self.boundary = high, low, boundary
-
-    @property
-    def adapter(self) -> Backbone:
-        """An adapter that says what both take."""
-        return self.high.adapter
+        self.adapter, self.scheme, self.text = high.adapter, high.scheme, high.text
 
     def __call__(
         self,
@@ -81,6 +79,11 @@ class Experts:
             cache.written_by_both = len(chosen) == 2
         return outputs
 
+    def fingerprint(self) -> dict[str, Any]:
+        """What tells these experts from others, as JSON can say it, see :meth:`SceneModel.fingerprint`."""
+        high, low = self.high.fingerprint(), self.low.fingerprint()
+        return {"class": type(self).__name__, "boundary": self.boundary, "high": high, "low": low}
+
     def _is_high(self, shots: Scene | Sequence[Scene], t: Tensor, denoised: Sequence[int] | None) -> bool:
         scenes, _ = as_scenes(shots)
         inputs = [shot for scene in scenes for shot in scene]
@@ -100,16 +103,3 @@ class Experts:
                 f"{self.boundary}, expected one side: one expert runs at a time; call once for each side"
             )
         return bool(high.any())
-
-
-def new_cache(
-    model: SceneModel | Experts,
-    *,
-    capacity: int = 0,
-    storage: Storage = "native",
-    budget: Budget | None = None,
-    branch: str = "",
-) -> Any:
-    """An empty history for a model: a :class:`KVCache`, or one for each expert. The arguments are those of KVCache."""
-    kind = ExpertCache if isinstance(model, Experts) else KVCache
-    return kind(capacity=capacity, storage=storage, budget=budget, branch=branch)

@@ -1,4 +1,7 @@
-"""Where everything that a cache holds is to stand: planned first, which may fail, then carried out."""
+"""Where everything that a cache holds is to stand.
+
+:func:`arrange` decides it, and may raise; :func:`carry_out` moves the tensors there.
+"""
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
@@ -7,35 +10,35 @@ from typing import NamedTuple
 from torch import Tensor
 
 from lct_core.cache.budget import Storage
-from lct_core.cache.holdings import Holdings, Kept
-from lct_core.cache.rows import Row, Segment, Site, empty
-from lct_core.cache.shots import CachedShot, Space, Stage, Tier
+from lct_core.cache.holdings import HeldShot, Holdings
+from lct_core.cache.rows import PlacedShot, Row, SiteRows, empty
+from lct_core.cache.shots import CachedShot, Space, StagedShots, Tier
 from lct_core.cache.tiers import KV, NOTHING, ShotFile, SiteKey, copied, copies, place, write_shot
 from lct_core.layout import consecutive
 
 
 class Writing(NamedTuple):
-    """How many tokens the present call writes to the sites of a space."""
+    """How many tokens the current call writes to the sites of a space."""
 
     space: Space
     tokens: int
 
 
-class Plan(NamedTuple):
+class Arrangement(NamedTuple):
     """Where every shot is to be.
 
     Args:
-        entries: What is known of each, as it will be seen.
+        entries: What is known of each shot, as users will see it.
         history: The selected ones, in order.
         kept: Every shot that stays.
         tiers: Where each is to be.
-        moved: What leaves its tier, where it is to be already.
-        writing: What the present call writes.
+        moved: Copies, made already, of the shots that go to host memory or to files.
+        writing: What the current call writes.
     """
 
     entries: dict[Hashable, CachedShot]
     history: list[Hashable]
-    kept: dict[Hashable, Kept]
+    kept: dict[Hashable, HeldShot]
     tiers: dict[Hashable, Tier]
     moved: dict[Hashable, dict[SiteKey, KV] | ShotFile]
     writing: Writing | None
@@ -50,26 +53,26 @@ class Plan(NamedTuple):
         return storage == "native" and all(self.tiers[i] == "device" for i in self.history)
 
     def behind(self, space: Space) -> int | None:
-        """How many tokens the present call writes to a space, if it is its turn."""
+        """How many tokens the current call writes to a space; None while it writes to another, or there is no call."""
         return self.writing.tokens if self.writing and self.writing.space == space else None
 
 
-def planned(
+def arrange(
     here: Holdings,
     history: Sequence[CachedShot],
-    kept: dict[Hashable, Kept] | None = None,
+    kept: dict[Hashable, HeldShot] | None = None,
     *,
-    held: Stage | None = None,
+    held: StagedShots | None = None,
     writing: Writing | None = None,
-) -> Plan:
-    """Where every shot is to be. What can fail comes here, and changes nothing.
+) -> Arrangement:
+    """Decide where every shot is to be. May raise; changes nothing.
 
     Args:
         here: What the cache holds.
         history: The shots that are to be seen.
         kept: What it is to hold (default: what it holds).
-        held: What is to be held besides.
-        writing: What the present call writes.
+        held: Staged shots that are about to be copied, see :meth:`KVCache.hold`.
+        writing: What the current call writes.
 
     Raises:
         ValueError: where the budget has no room, or the policy does not rank the shots.
@@ -81,113 +84,111 @@ def planned(
     tiers: dict[Hashable, Tier] = {
         i: kept[i].wish or ("device" if entry.selected else entry.tier) for i, entry in entries.items()
     }
-    plan = Plan(entries, [entry.id for entry in history], kept, tiers, {}, writing)
+    target = Arrangement(entries, [entry.id for entry in history], kept, tiers, {}, writing)
     if (here.budget.device, here.budget.host) != (None, None):
-        _fit(here, plan, held)
+        _fit(here, target, held)
     for i, tier in tiers.items():
         if tier != "device" and tier != entries[i].tier:
-            plan.moved[i] = _elsewhere(here, kept[i], tier)
-    return plan
+            target.moved[i] = _elsewhere(here, kept[i], tier)
+    return target
 
 
-def carry_out(here: Holdings, plan: Plan, *, keep_stage: bool = True) -> None:
-    """Bring every shot to its place, one site after another, and free what is in the way."""
+def carry_out(here: Holdings, target: Arrangement, *, keep_stage: bool = True) -> None:
+    """Bring every shot to its place, one site after another, and free what is no longer needed."""
     here.watch()
     if not keep_stage:
-        here.stage = here.hold = None
+        here.last_call = here.hold = None
     here.working.resize({})
-    here.kept, here.history = plan.kept, plan.history
-    for i, elsewhere in plan.moved.items():
-        plan.kept[i].kv = elsewhere
-        plan.kept[i].entry = replace(plan.kept[i].entry, tier=plan.tiers[i])
-    for kept in plan.kept.values():
-        if kept.entry.tier == "disk" and plan.tiers[kept.entry.id] == "device":
+    here.kept, here.history = target.kept, target.history
+    for i, elsewhere in target.moved.items():
+        target.kept[i].kv = elsewhere
+        target.kept[i].entry = replace(target.kept[i].entry, tier=target.tiers[i])
+    for kept in target.kept.values():
+        if kept.entry.tier == "disk" and target.tiers[kept.entry.id] == "device":
             kept.kv = {**kept.kv}
     running = here.device_bytes
     for key, site in here.sites.items():
         before = {id(x): x.nbytes for x in here.on_device(key, site)}
-        row, standing, staged, kv = _arranged(here, key, site, plan, keep_stage=keep_stage)
-        near = [x for i, each in kv.items() if plan.tiers[i] == "device" for x in each if x is not None]
+        row, standing, staged, kv = _rearranged(here, key, site, target, keep_stage=keep_stage)
+        near = [x for i, each in kv.items() if target.tiers[i] == "device" for x in each if x is not None]
         after = {id(x): x.nbytes for x in (*((row.k, row.v) if row else ()), *(staged or ()), *near)}
         here.peak = max(here.peak, running + sum(n for x, n in after.items() if x not in before))
         running += sum(after.values()) - sum(before.values())
         site.row, site.standing, site.staged = row, standing, staged
         site.written = site.written if keep_stage else 0
         for i, each in kv.items():
-            own = plan.kept[i].kv
+            own = target.kept[i].kv
             assert isinstance(own, dict)
             own[key] = each
-    for i, kept in plan.kept.items():
-        kept.entry = replace(plan.entries[i], tier=plan.tiers[i])
+    for i, kept in target.kept.items():
+        kept.entry = replace(target.entries[i], tier=target.tiers[i])
     here.resize()
 
 
 def afford(here: Holdings, nbytes: tuple[int, int]) -> None:
-    """Refuse what the device has no room for, before it is made."""
+    """Refuse tensors that the device's budget has no room for, before they are made."""
     limit, needed = here.budget.device, here.device_bytes + sum(nbytes)
     needed += here.working.wanted - here.working.nbytes
     if limit is not None and needed > limit:
         raise ValueError(_over(f"{needed} bytes on the device, behind {len(here.history)} shots", "device", limit))
 
 
-# How a plan is made.
+# How an arrangement is made.
 
 
-def _fit(here: Holdings, plan: Plan, held: Stage | None) -> None:
-    """Send shots away from the device, then from host memory, until the budget has room: the least worthy first."""
+def _fit(here: Holdings, target: Arrangement, held: StagedShots | None) -> None:
+    """Send shots from the device to host memory, then from there to files, until the budget has room.
+
+    Those that the policy ranks last leave first.
+    """
     sizes = [site.size for site in here.sites.values()]
     nbytes = {
         i: sum(sum(size.nbytes(entry.tokens(size.space), here.storage)) for size in sizes)
-        for i, entry in plan.entries.items()
+        for i, entry in target.entries.items()
     }
-    shots = list(plan.entries.values())
+    shots = list(target.entries.values())
     ranking = list(here.budget.policy(shots))
-    if len(ranking) != len(shots) or set(ranking) != set(plan.entries):
-        raise ValueError(f"policy: it ranks {ranking}, expected each of {list(plan.entries)} once")
-    ranking.sort(key=lambda i: plan.kept[i].wish != "device")
+    if len(ranking) != len(shots) or set(ranking) != set(target.entries):
+        raise ValueError(f"policy: it ranks {ranking}, expected each of {list(target.entries)} once")
+    ranking.sort(key=lambda i: target.kept[i].wish != "device")
 
     def leave(tier: Tier, further: Tier, limit: int | None, needed: Callable[[], int]) -> None:
         while limit is not None and needed() > limit:
-            going = next((i for i in reversed(ranking) if plan.tiers[i] == tier and nbytes[i]), None)
+            going = next((i for i in reversed(ranking) if target.tiers[i] == tier and nbytes[i]), None)
             if going is None or (further == "disk" and here.budget.folder is None):
                 raise ValueError(_over(f"{needed()} bytes {_PLACES[tier]}, for {len(shots)} shots", tier, limit))
-            plan.tiers[going] = further
+            target.tiers[going] = further
 
-    leave("device", "host", here.budget.device, lambda: _peak_of(here, plan, held))
-    in_host = lambda: sum(nbytes[i] for i, at in plan.tiers.items() if at == "host")  # noqa: E731
+    leave("device", "host", here.budget.device, lambda: _peak_of(here, target, held))
+    in_host = lambda: sum(nbytes[i] for i, at in target.tiers.items() if at == "host")  # noqa: E731
     leave("host", "disk", here.budget.host, in_host)
 
 
-def _peak_of(here: Holdings, plan: Plan, held: Stage | None) -> int:
-    """Most bytes on the device on the way to a plan and in the next call: what :func:`carry_out` and it will take."""
-    in_rows = plan.in_rows(here.storage)
-    stays = {i for i, kept in plan.kept.items() if kept.entry.tier == plan.tiers[i] == "device"}
+def _peak_of(here: Holdings, target: Arrangement, held: StagedShots | None) -> int:
+    """Most bytes on the device while :func:`carry_out` runs, and in the next call."""
+    in_rows = target.in_rows(here.storage)
+    stays = {i for i, kept in target.kept.items() if kept.entry.tier == target.tiers[i] == "device"}
     running = here.device_bytes - here.working.nbytes
-    running -= sum(
-        kv.nbytes
-        for i, kept in here.kept.items()
-        if kept.entry.tier == "device" and i not in stays
-        for kv in kept.kv.values()
-    )
+    running -= sum(kept.nbytes for i, kept in here.kept.items() if kept.entry.tier == "device" and i not in stays)
     peak = running
     for key, site in here.sites.items():
         space, size = site.size.space, site.size
-        segments = here.segments(plan.shown, space)
-        start = sum(segment.tokens for segment in segments)
-        behind = plan.behind(space)
+        placed = here.placed(target.shown, space)
+        start = sum(shot.tokens for shot in placed)
+        behind = target.behind(space)
         behind = here.reserve.get(space, 0) if behind is None else behind
         before = sum(x.nbytes for x in site.staged or ()) + (site.row.nbytes if site.row else 0)
         if not in_rows:
             after = fresh = sum(size.nbytes(here.reserve.get(space, 0)))
-        elif site.row is not None and _stays(here, site, segments, behind):
+        elif site.row is not None and _stays(here, site, placed, behind):
             after, fresh = site.row.nbytes, 0
         else:
             after = fresh = sum(size.nbytes(start + behind))
-        for i, entry in plan.entries.items():
-            if plan.tiers[i] != "device" or not entry.tokens(space):
+        for i, entry in target.entries.items():
+            if target.tiers[i] != "device" or not entry.tokens(space):
                 continue
-            own = plan.kept[i].kv.get(key, NOTHING) if i in stays else NOTHING
-            wanted = _own(here, entry, space, in_rows=in_rows)
+            own = target.kept[i].kv.get(key, NOTHING) if i in stays else NOTHING
+            wanted = _stored(here, entry, space, in_rows=in_rows)
             for nbytes, x, is_wanted in zip(size.nbytes(entry.tokens(space), here.storage), own, wanted, strict=True):
                 before += nbytes * (x is not None)
                 after += nbytes * is_wanted
@@ -197,11 +198,11 @@ def _peak_of(here: Holdings, plan: Plan, held: Stage | None) -> int:
             fresh += sum(size.nbytes(held.tokens(space)))
         peak = max(peak, running + fresh)
         running += after - before
-    working = {} if in_rows else here.working_sizes(plan.shown)
+    working = {} if in_rows else here.working_sizes(target.shown)
     return max(peak, running + here.working.nbytes_of(working))
 
 
-def _elsewhere(here: Holdings, kept: Kept, tier: Tier) -> dict[SiteKey, KV] | ShotFile:
+def _elsewhere(here: Holdings, kept: HeldShot, tier: Tier) -> dict[SiteKey, KV] | ShotFile:
     """A shot's keys and values in host memory or in a file."""
     if tier != "disk":
         return {key: _in_host(here, kept, key, site) for key, site in here.sites.items()}
@@ -217,7 +218,7 @@ def _elsewhere(here: Holdings, kept: Kept, tier: Tier) -> dict[SiteKey, KV] | Sh
     return file
 
 
-def _in_host(here: Holdings, kept: Kept, key: SiteKey, site: Site) -> KV:
+def _in_host(here: Holdings, kept: HeldShot, key: SiteKey, site: SiteRows) -> KV:
     own = kept.kv.get(key, NOTHING) if kept.entry.tier == "device" and site.device.type == "cpu" else NOTHING
     pinned = site.device.type == "cuda"
     return KV(
@@ -228,22 +229,25 @@ def _in_host(here: Holdings, kept: Kept, key: SiteKey, site: Site) -> KV:
     )
 
 
-# What is the same for a plan and for its carrying out.
+# What the decision and its carrying out share.
 
 
-def _stays(here: Holdings, site: Site, segments: tuple[Segment, ...], behind: int) -> bool:
-    """Whether a site's row can go on: what stands in it stands there still, and there is room for the rest."""
+def _stays(here: Holdings, site: SiteRows, placed: tuple[PlacedShot, ...], behind: int) -> bool:
+    """Whether a site's row can be used further: its shots stay where they are, and the others fit behind them."""
     done = len(site.standing)
-    if site.row is None or segments[:done] != site.standing:
+    if site.row is None or placed[:done] != site.standing:
         return False
-    start, stop = (sum(segment.tokens for segment in part) for part in (site.standing, segments))
+    start, stop = (sum(shot.tokens for shot in part) for part in (site.standing, placed))
     if start == stop and not behind:
         return True
     return (start == stop or not site.written) and site.row.takes(start, stop + behind, branch=here.me)
 
 
-def _own(here: Holdings, entry: CachedShot, space: Space, *, in_rows: bool) -> tuple[bool, bool]:
-    """Whether a shot on the device has keys and values of its own: in a row the original keys, where it was moved."""
+def _stored(here: Holdings, entry: CachedShot, space: Space, *, in_rows: bool) -> tuple[bool, bool]:
+    """Whether a shot on the device needs tensors of its own for its keys, and for its values, beside the row.
+
+    In a row it does not, but that a shot that was moved keeps its keys as they were written.
+    """
     inside = in_rows and entry.selected
     return not inside or here.steps(entry, space) != 0, not inside
 
@@ -251,29 +255,29 @@ def _own(here: Holdings, entry: CachedShot, space: Space, *, in_rows: bool) -> t
 # How it is carried out.
 
 
-def _arranged(
-    here: Holdings, key: SiteKey, site: Site, plan: Plan, *, keep_stage: bool
-) -> tuple[Row | None, tuple[Segment, ...], tuple[Tensor, Tensor] | None, dict[Hashable, KV]]:
+def _rearranged(
+    here: Holdings, key: SiteKey, site: SiteRows, target: Arrangement, *, keep_stage: bool
+) -> tuple[Row | None, tuple[PlacedShot, ...], tuple[Tensor, Tensor] | None, dict[Hashable, KV]]:
     """A site as it is to be: its row and what stands there, staged shots, and the shots that are on the device."""
-    space, in_rows = site.size.space, plan.in_rows(here.storage)
-    segments = here.segments(plan.shown, space) if in_rows else ()
-    behind = plan.behind(space) or 0
+    space, in_rows = site.size.space, target.in_rows(here.storage)
+    placed = here.placed(target.shown, space) if in_rows else ()
+    behind = target.behind(space) or 0
     written = site.written if keep_stage else 0
-    stop = sum(segment.tokens for segment in segments)
-    stays = in_rows and _stays(here, site, segments, behind)
+    stop = sum(shot.tokens for shot in placed)
+    stays = in_rows and _stays(here, site, placed, behind)
     row, done = (site.row, len(site.standing)) if stays else (None, 0)
-    if in_rows and row is None and (segments or written):
+    if in_rows and row is None and (placed or written):
         room = stop + max(behind or here.reserve.get(space, 0), written)
         row = Row(*empty(site.size, here.room(space, room), site.device), here.me, stop)
-    spans = consecutive(segment.tokens for segment in segments)
-    for segment, span in list(zip(segments, spans, strict=True))[done:]:
+    spans = consecutive(shot.tokens for shot in placed)
+    for shot, span in list(zip(placed, spans, strict=True))[done:]:
         assert row is not None
-        _put(here, plan.kept[segment.id], key, row.k[:, span.slice], row.v[:, span.slice], segment)
+        _put(here, target.kept[shot.id], key, row.k[:, span.slice], row.v[:, span.slice], shot)
         row.owner, row.used = here.me, stop
     kv = {
-        i: _near(here, kept, key, plan.entries[i], in_rows=in_rows)
-        for i, kept in plan.kept.items()
-        if plan.tiers[i] == "device"
+        i: _near(here, kept, key, target.entries[i], in_rows=in_rows)
+        for i, kept in target.kept.items()
+        if target.tiers[i] == "device"
     }
     staged = site.staged
     if written and in_rows and (staged is not None or not stays):
@@ -282,31 +286,31 @@ def _arranged(
             part[:, stop : stop + written] = x
     if written and not in_rows and staged is None:
         staged = copies(site.current, site.device)
-    return row, segments, None if in_rows else staged, kv
+    return row, placed, None if in_rows else staged, kv
 
 
-def _put(here: Holdings, kept: Kept, key: SiteKey, keys: Tensor, values: Tensor, segment: Segment) -> None:
+def _put(here: Holdings, kept: HeldShot, key: SiteKey, keys: Tensor, values: Tensor, shot: PlacedShot) -> None:
     """Bring a shot to its place in a new row: as it stands in the old one, or from where it was written."""
     site = here.sites[key]
-    if segment in site.standing and site.row is not None:
+    if shot in site.standing and site.row is not None:
         spans = consecutive(each.tokens for each in site.standing)
-        span = spans[site.standing.index(segment)].slice
+        span = spans[site.standing.index(shot)].slice
         keys.copy_(site.row.k[:, span])
         values.copy_(site.row.v[:, span])
         return
     k, v = here.original(kept, key)
-    place(k, keys, here.turn(segment.steps, keys))
+    place(k, keys, here.turn(shot.steps, keys))
     place(v, values)
 
 
-def _near(here: Holdings, kept: Kept, key: SiteKey, entry: CachedShot, *, in_rows: bool) -> KV:
-    """What a shot on the device has of its own there."""
+def _near(here: Holdings, kept: HeldShot, key: SiteKey, entry: CachedShot, *, in_rows: bool) -> KV:
+    """The tensors of its own that a shot on the device has at a site, see :func:`_stored`."""
     site = here.sites[key]
     if not entry.tokens(site.size.space):
         return kept.kv.get(key, NOTHING)
     reusable = kept.entry.tier == "device" or (kept.entry.tier == "host" and site.device.type == "cpu")
     own = kept.kv.get(key, NOTHING) if reusable else NOTHING
-    wanted = _own(here, entry, site.size.space, in_rows=in_rows)
+    wanted = _stored(here, entry, site.size.space, in_rows=in_rows)
     return KV(
         *(
             (x if x is not None else copied(y, site.device)) if is_wanted else None

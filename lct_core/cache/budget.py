@@ -1,7 +1,7 @@
 """How many bytes a cache may hold where, and which shots are kept near."""
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
@@ -28,16 +28,16 @@ def recency(shots: Sequence[CachedShot]) -> list[Hashable]:
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """Bytes of keys and values that a cache may hold, copies in passing included.
+    """Bytes of keys and values that a cache may hold, temporary copies included.
 
     Shots that the device has no room for are held in host memory; those that it has no room for either, in files.
 
     Args:
         device: On the model's device (default: as many as it takes).
         host: In host memory, page-locked where the device is a GPU (default: as many as it takes).
-        folder: Where files go: memory-mapped safetensors, one for each shot. A file goes with the last cache that uses
-            it, unless :meth:`KVCache.save` has made it part of a saved one (default: no files).
-        policy: Which shots are kept near: those it names last go first.
+        folder: Where files go: memory-mapped safetensors, one for each shot. Deleted when the last cache that uses it
+            is released, unless :meth:`KVCache.save` has made it part of a saved one (default: no files).
+        policy: Which shots are kept near the model: those that it names last leave first.
 
     Raises:
         ValueError: for a number of bytes that is negative or no int, and a policy that is no function.
@@ -57,6 +57,12 @@ class Budget:
             raise ValueError(f"policy: got {self.policy!r}, expected a function of the shots, such as recency")
         if self.folder is not None:
             object.__setattr__(self, "folder", Path(self.folder))
+
+
+def divided(budget: Budget, parts: int) -> Budget:
+    """An equal share of a budget's bytes."""
+    device, host = (None if nbytes is None else nbytes // parts for nbytes in (budget.device, budget.host))
+    return replace(budget, device=device, host=host)
 
 
 class SiteSize(NamedTuple):

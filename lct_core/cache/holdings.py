@@ -1,4 +1,4 @@
-"""What a cache holds, and where: plain data, of which ``arrangement.py`` says how it is to be."""
+"""What a cache holds, and where: plain data. ``arrangement.py`` decides where it goes, ``changes.py`` changes it."""
 
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -8,26 +8,26 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lct_core.cache.budget import Budget, Storage
-from lct_core.cache.rows import Segment, Site, empty, turn
-from lct_core.cache.shots import CachedShot, Space, Stage, Tier
+from lct_core.cache.budget import STORAGES, Budget, Storage
+from lct_core.cache.rows import PlacedShot, SiteRows, empty
+from lct_core.cache.shots import CachedShot, Space, StagedShots, Tier
 from lct_core.cache.tiers import KV, NOTHING, Pair, ShotFile, SiteKey, Stored, place
 from lct_core.cache.working import WorkingRows
 from lct_core.coordinates import Scheme
 from lct_core.layout import consecutive
-from lct_core.rope import Pairing, Rotation
+from lct_core.rope import Pairing, Rotation, rotation
 
 
 @dataclass(eq=False)
-class Kept:
+class HeldShot:
     """A shot: what is known of it, its keys as they were written and its values.
 
     Args:
         entry: What users see of it.
-        kv: Its keys and values at every site; what stands in a row has none of its own.
-        errors: What 8 bits cost its keys and its values.
+        kv: Its keys and values at every site; None for what stands in the site's row.
+        errors: The error of storage in 8 bits, of its keys and of its values.
         files: Its files, by folder.
-        wish: Where it is to be, whatever the policy says.
+        wish: Where :meth:`KVCache.move` put it, whatever the policy says.
     """
 
     entry: CachedShot
@@ -36,16 +36,21 @@ class Kept:
     files: dict[Path, ShotFile] = field(default_factory=dict)
     wish: Tier | None = None
 
-    def twin(self) -> "Kept":
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what does not stand in rows."""
+        return sum(kv.nbytes for kv in self.kv.values())
+
+    def twin(self) -> "HeldShot":
         """The same for a fork: tensors and files are shared, they never change."""
         kv = self.kv if isinstance(self.kv, ShotFile) else dict(self.kv)
         return replace(self, kv=kv, files=dict(self.files))
 
 
 class Hold(NamedTuple):
-    """Staged shots that are kept while later calls write."""
+    """Copies of staged shots, which later calls do not overwrite."""
 
-    stage: Stage
+    shots: StagedShots
     kv: dict[SiteKey, tuple[Tensor, Tensor]]
 
 
@@ -57,29 +62,31 @@ class Holdings:
         capacity: As :class:`KVCache` takes it.
         storage: As :class:`KVCache` takes it.
         budget: As :class:`KVCache` takes it.
+        branch: As :class:`KVCache` takes it.
         kept: Every shot, in the order of their appending.
         history: The selected ones, in the order in which they are seen.
         sites: What every attention site has, in the order in which they are called.
         reserve: Most tokens that a call has written, by space.
-        working: Where a history is brought that is not in rows.
-        stage: What the last call wrote.
-        hold: What is kept of a call before.
+        working: Rows that a history is copied to for each site's attention, where it does not stand in rows.
+        last_call: The shots that the last call wrote.
+        hold: Shots of an earlier call, copied by :meth:`KVCache.hold`.
         scheme: Of the model that wrote the shots.
         diagonal: The angles of one step along the diagonal.
         pairing: Which channels are rotated together.
         peak: Most bytes on the device until the last change.
-        me: Whose rows are whose, see :class:`Row`.
+        me: Marks the rows that this branch owns, see :class:`Row`.
     """
 
     capacity: int
     storage: Storage
     budget: Budget
-    kept: dict[Hashable, Kept] = field(default_factory=dict)
+    branch: str = ""
+    kept: dict[Hashable, HeldShot] = field(default_factory=dict)
     history: list[Hashable] = field(default_factory=list)
-    sites: dict[SiteKey, Site] = field(default_factory=dict)
+    sites: dict[SiteKey, SiteRows] = field(default_factory=dict)
     reserve: dict[Space, int] = field(default_factory=dict)
     working: WorkingRows = field(default_factory=WorkingRows)
-    stage: Stage | None = None
+    last_call: StagedShots | None = None
     hold: Hold | None = None
     scheme: Scheme | None = None
     diagonal: Tensor | None = None
@@ -87,20 +94,41 @@ class Holdings:
     peak: int = 0
     me: object = field(default_factory=object)
 
+    def __post_init__(self) -> None:
+        if self.storage not in STORAGES:
+            raise ValueError(f"storage: got {self.storage!r}, expected one of {list(STORAGES)}")
+        if not isinstance(self.capacity, int) or isinstance(self.capacity, bool) or self.capacity < 0:
+            raise ValueError(f"capacity: got {self.capacity!r}, expected a number of tokens, 0 or more")
+
     def fork(self) -> "Holdings":
         """The same for another branch: rows, tensors and files are shared. What is staged stays behind."""
-        twin = Holdings(self.capacity, self.storage, self.budget)
-        twin.kept = {i: kept.twin() for i, kept in self.kept.items()}
-        twin.history, twin.reserve = list(self.history), dict(self.reserve)
+        kept = {i: each.twin() for i, each in self.kept.items()}
+        twin = Holdings(self.capacity, self.storage, self.budget, self.branch, kept, [*self.history])
+        twin.reserve = dict(self.reserve)
         twin.scheme, twin.diagonal, twin.pairing = self.scheme, self.diagonal, self.pairing
         for key, site in self.sites.items():
             if site.row is not None and site.row.owner is self.me and not site.written:
                 site.row.owner = None
-            twin.sites[key] = Site(site.size, site.device, site.row, site.standing)
+            twin.sites[key] = SiteRows(site.size, site.device, site.row, site.standing)
         twin.resize()
         return twin
 
-    # The selected history.
+    # Its shots.
+
+    @property
+    def held(self) -> tuple[CachedShot, ...]:
+        """Every shot: the selected history, then the others as they were appended."""
+        return (*self.shots, *(kept.entry for kept in self.kept.values() if not kept.entry.selected))
+
+    @property
+    def ids(self) -> tuple[Hashable, ...]:
+        """The ids of every shot, the selected history first."""
+        return tuple(entry.id for entry in self.held)
+
+    @property
+    def staged(self) -> StagedShots | None:
+        """What :meth:`KVCache.append` would take: what is held, else what the last call wrote."""
+        return self.hold.shots if self.hold else self.last_call
 
     @property
     def shots(self) -> tuple[CachedShot, ...]:
@@ -121,18 +149,30 @@ class Holdings:
         placed = space != "text" and self.diagonal is not None and self.pairing is not None
         return entry.origin - entry.written if placed else 0
 
-    def segments(self, history: Iterable[CachedShot], space: Space) -> tuple[Segment, ...]:
-        """What stands in a row of a history; shots without tokens do not."""
-        each = (Segment(entry.id, entry.tokens(space), self.steps(entry, space)) for entry in history)
-        return tuple(segment for segment in each if segment.tokens)
+    def placed(self, history: Iterable[CachedShot], space: Space) -> tuple[PlacedShot, ...]:
+        """How a history stands in a row; shots without tokens there are left out."""
+        each = (PlacedShot(entry.id, entry.tokens(space), self.steps(entry, space)) for entry in history)
+        return tuple(shot for shot in each if shot.tokens)
 
     def turn(self, steps: int, like: Tensor) -> Rotation | None:
-        """The rotation of keys that are so many steps from where they were written."""
+        """The constant rotation R(steps) of keys that are so many steps from where they were written."""
         if not steps or self.diagonal is None or self.pairing is None:
             return None
-        return turn(steps, like.shape[1], diagonal=self.diagonal, pairing=self.pairing, like=like)
+        exact = torch.float64 if like.dtype == torch.float64 else torch.float32
+        angles = (steps * self.diagonal.double())[None].to(like.device)
+        by = rotation(angles, pairing=self.pairing, dtype=exact)
+        return Rotation(by.cos.expand(like.shape[1], -1, -1), by.sin.expand(like.shape[1], -1, -1), self.pairing)
 
     # Bytes.
+
+    @property
+    def bytes_by_tier(self) -> dict[Tier, int]:
+        """Bytes on the device, in host memory and in files."""
+        tiers: dict[Tier, int] = {"device": self.device_bytes, "host": 0, "disk": 0}
+        for kept in self.kept.values():
+            if kept.entry.tier != "device":
+                tiers[kept.entry.tier] += kept.nbytes
+        return tiers
 
     @property
     def device_bytes(self) -> int:
@@ -141,14 +181,14 @@ class Holdings:
         held = [x for kv in self.hold.kv.values() for x in kv] if self.hold else []
         return sum({id(x): x.nbytes for x in (*found, *held)}.values()) + self.working.nbytes
 
-    def on_device(self, key: SiteKey, site: Site) -> list[Stored]:
-        """What there is on the device for a site."""
+    def on_device(self, key: SiteKey, site: SiteRows) -> list[Stored]:
+        """The tensors on the device for a site."""
         near = [kept.kv[key] for kept in self.kept.values() if kept.entry.tier == "device" and key in kept.kv]
         row = [] if site.row is None else [site.row.k, site.row.v]
         return [*row, *(site.staged or ()), *(x for kv in near for x in kv if x is not None)]
 
     def watch(self, passing: int = 0) -> None:
-        """Remember how much there is on the device, with so many bytes more in passing."""
+        """Update the peak, temporary bytes included."""
         self.peak = max(self.peak, self.device_bytes + passing)
 
     def room(self, space: Space, tokens: int) -> int:
@@ -157,7 +197,7 @@ class Holdings:
 
     # Where keys and values are, and how they come to be attended to.
 
-    def original(self, kept: Kept, key: SiteKey) -> Pair:
+    def original(self, kept: HeldShot, key: SiteKey) -> Pair:
         """A shot's keys as they were written, and its values, wherever they are."""
         site, own = self.sites[key], kept.kv.get(key, NOTHING)
         if own.k is not None and own.v is not None:
@@ -165,12 +205,12 @@ class Holdings:
         tokens = kept.entry.tokens(site.size.space)
         if not tokens or site.row is None:
             return empty(site.size, tokens, site.device)
-        spans = consecutive(segment.tokens for segment in site.standing)
-        span = spans[[segment.id for segment in site.standing].index(kept.entry.id)].slice
+        spans = consecutive(shot.tokens for shot in site.standing)
+        span = spans[[shot.id for shot in site.standing].index(kept.entry.id)].slice
         return site.row.k[:, span] if own.k is None else own.k, site.row.v[:, span]
 
     def resize(self) -> None:
-        """Have working rows, where there are to be any."""
+        """Set the size of the working rows: none where the history stands in rows."""
         self.working.resize({} if self.in_rows else self.working_sizes(self.shots))
 
     def working_sizes(self, history: Sequence[CachedShot]) -> dict[torch.device, tuple[int, int]]:
@@ -196,7 +236,7 @@ class Holdings:
             site = self.sites[following]
             self.working.ahead(following, site, self._row_tokens(site), self._bring)
 
-    def _row_tokens(self, site: Site) -> int:
+    def _row_tokens(self, site: SiteRows) -> int:
         return self.tokens(site.size.space) + self.reserve.get(site.size.space, 0)
 
     def _bring(self, key: SiteKey, keys: Tensor, values: Tensor) -> None:

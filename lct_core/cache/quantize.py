@@ -1,6 +1,6 @@
 """Keys and values in 8 bits, with a scale for every head of every block of tokens."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -54,15 +54,6 @@ class Quantized(NamedTuple):
         for tokens, x in self._pieces(out.device):
             out[:, tokens.slice] = x
         return out
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Values and scales by name, for a file; the inverse of :meth:`from_tensors`."""
-        return {"values": self.values, "scales": self.scales}
-
-    @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor], *, dtype: torch.dtype) -> "Quantized":
-        """What :meth:`tensors` gave, for the dtype that it was."""
-        return cls(tensors["values"], tensors["scales"], dtype)
 
     def __reduce__(self) -> tuple[Any, ...]:  # float8 tensors can't be pickled by themselves
         return _as, (self.values.view(torch.int8), self.values.dtype, self.scales, self.dtype)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lct_core.cache.budget import SiteSize
-from lct_core.rope import Pairing, Rotation, RowParts, rotation
+from lct_core.rope import RowParts
 
 
 def empty(size: SiteSize, tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -25,8 +25,8 @@ def empty(size: SiteSize, tokens: int, device: torch.device) -> tuple[Tensor, Te
 class Row:
     """One site's row, shared by the forks of a cache until they differ.
 
-    What stands in it is never changed. Behind it one branch may write: whose it is, or who comes first where it is
-    nobody's and nothing has been kept behind this branch's history.
+    Its shots are never changed. One branch may write behind them: the row's owner, or where it has none, the first
+    branch whose history ends where the row's used part does.
     """
 
     k: Tensor
@@ -45,7 +45,7 @@ class Row:
         return free and stop <= self.k.shape[1]
 
 
-class Segment(NamedTuple):
+class PlacedShot(NamedTuple):
     """A shot in a row: how many tokens, moved by how many diagonal steps from where it was written."""
 
     id: Hashable
@@ -54,33 +54,33 @@ class Segment(NamedTuple):
 
 
 @dataclass(eq=False)
-class Site:
+class SiteRows:
     """One attention site of one block.
 
     Args:
-        size: What a token takes.
+        size: What one token of keys and values is.
         device: Where the model runs it.
         row: The selected history, where all of it is on the device as the model attends to it.
         standing: What stands in the row, in order; shots without tokens here do not.
         staged: Where the history is brought from elsewhere for every call: the current shots' own keys and values.
-        written: How many tokens the present call has written.
+        written: How many tokens the last call has written.
     """
 
     size: SiteSize
     device: torch.device
     row: Row | None = None
-    standing: tuple[Segment, ...] = ()
+    standing: tuple[PlacedShot, ...] = ()
     staged: tuple[Tensor, Tensor] | None = None
     written: int = 0
 
     @property
     def current(self) -> tuple[Tensor, Tensor]:
-        """What the present call has written here."""
+        """What the last call has written here."""
         if self.staged is not None:
             return self.staged
         if self.row is None:
             return empty(self.size, 0, self.device)
-        start = sum(segment.tokens for segment in self.standing)
+        start = sum(shot.tokens for shot in self.standing)
         here = slice(start, start + self.written)
         return self.row.k[:, here], self.row.v[:, here]
 
@@ -91,10 +91,3 @@ def fill(out: Tensor, x: Tensor | RowParts) -> None:
         x.into(out)
     else:
         out.copy_(x)
-
-
-def turn(steps: int, tokens: int, *, diagonal: Tensor, pairing: Pairing, like: Tensor) -> Rotation:
-    """The constant rotation R(steps) for some tokens, as :func:`lct_core.rope.move` makes it."""
-    exact = torch.float64 if like.dtype == torch.float64 else torch.float32
-    by = rotation((steps * diagonal.double())[None].to(like.device), pairing=pairing, dtype=exact)
-    return Rotation(by.cos.expand(tokens, -1, -1), by.sin.expand(tokens, -1, -1), pairing)

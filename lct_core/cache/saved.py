@@ -1,70 +1,60 @@
 """A cache in a folder: a file for each shot, and an index that is replaced last."""
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Collection, Hashable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from lct_core.cache.budget import Budget, SiteSize
-from lct_core.cache.holdings import Holdings, Kept
-from lct_core.cache.kv_cache import KVCache
-from lct_core.cache.rows import Site
+from lct_core.cache.holdings import HeldShot, Holdings
+from lct_core.cache.rows import SiteRows
 from lct_core.cache.shots import CachedShot
 from lct_core.cache.tiers import ShotFile, keep_file, release_file, shot_files, write_shot
-from lct_core.engine.fingerprint import check_identity, identify
 from lct_core.files import make_folder, read_json, write_json
 from lct_core.layout import Shot
-
-if TYPE_CHECKING:  # they import the cache
-    from lct_core.scene_model import SceneModel
 
 FORMAT = "lct-core KV cache"
 VERSION = 1
 INDEX = "index.json"
 
 
-def save(caches: Mapping[str, KVCache], folder: Path, models: Mapping[str, "SceneModel"]) -> None:
+def save(caches: Mapping[str, Holdings], folder: Path, fingerprints: Mapping[str, Any]) -> None:
     """Write caches that belong together to a folder, see :meth:`KVCache.save`.
 
     Args:
         caches: By name: one, ``"history"``, or that of each expert.
         folder: Theirs alone.
-        models: The model of each.
+        fingerprints: Of the model of each.
     """
     folder = folder.absolute()
-    for cache in caches.values():
-        _check_ids(cache._own)
-    identities = {name: identify(model) for name, model in models.items()}
-    files = {name: _files(cache._own, folder) for name, cache in caches.items()}
+    for here in caches.values():
+        if wrong := [i for i in here.kept if not _is_plain(i)]:
+            raise ValueError(f"ids: {wrong} can't be saved, expected strings, whole numbers, or tuples of them")
+    files = {name: _files(here, folder) for name, here in caches.items()}
     content = {
         "format": FORMAT,
         "version": VERSION,
-        "caches": {name: {"model": identities[name], **_told(caches[name], files[name])} for name in caches},
+        "caches": {name: {"model": fingerprints[name], **_told(here, files[name])} for name, here in caches.items()},
     }
     write_json(folder / INDEX, content)
-    for name, cache in caches.items():
+    for name, here in caches.items():
         for i, file in files[name].items():
             keep_file(file.path)
-            cache._own.kept[i].files[folder] = file
+            here.kept[i].files[folder] = file
     for path in shot_files(folder) - {file.path for each in files.values() for file in each.values()}:
         release_file(path)  # of what was saved before, or of a save that was cut short
 
 
-def load(
-    folder: Path, models: Mapping[str, "SceneModel"], *, device: torch.device, budget: Budget | None
-) -> dict[str, KVCache]:
-    """The caches that were saved to a folder, see :meth:`KVCache.load`.
+def read_index(folder: Path, names: Collection[str]) -> dict[str, Any]:
+    """What a folder's index says of its caches, by name.
 
-    Args:
-        folder: Where they are.
-        models: The model of each, by the names under which they were saved.
-        device: Where the models run.
-        budget: Of each.
+    Raises:
+        FileNotFoundError: where there is none.
+        ValueError: where it is something else, of another layout version, or of caches of other names.
     """
     folder = folder.absolute()
-    device = torch.empty(0, device=device).device  # "cuda" is the present one, by its number
     content = read_json(folder / INDEX)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f"folder: {folder / INDEX} is not that of a saved KV cache")
@@ -73,67 +63,28 @@ def load(
             f"folder: {folder} has layout version {content['version']}, expected {VERSION}; read it with the version "
             "of lct-core that wrote it"
         )
-    told = content["caches"]
-    if set(told) != set(models):
+    told: dict[str, Any] = content["caches"]
+    if set(told) != set(names):
         raise ValueError(
-            f"folder: {folder} holds {sorted(told)}, expected {sorted(models)}: a model with two experts has a cache "
+            f"folder: {folder} holds {sorted(told)}, expected {sorted(names)}: a model with two experts has a cache "
             "for each, another has one; use the model that wrote it"
         )
-    for name, model in models.items():
-        check_identity(told[name]["model"], model)
-    return {name: _restored(told[name], folder, device, budget) for name in models}
+    return told
 
 
-def _files(own: Holdings, folder: Path) -> dict[Hashable, ShotFile]:
-    """Every shot's file in a folder; written where there is none."""
-    make_folder(folder)
-    files = {}
-    for i, kept in own.kept.items():
-        file = kept.files.get(folder)
-        if file is None or not file.path.is_file():
-            file = write_shot(folder, i, {key: own.original(kept, key) for key in own.sites})
-        files[i] = file
-    return files
-
-
-def _told(cache: KVCache, files: Mapping[Hashable, ShotFile]) -> dict[str, Any]:
-    """What the index says of a cache, as JSON can say it."""
-    own = cache._own
-    return {
-        "scheme": own.scheme,
-        "pairing": own.pairing,
-        "diagonal": None if own.diagonal is None else [str(own.diagonal.dtype), own.diagonal.tolist()],
-        "branch": cache.branch,
-        "storage": own.storage,
-        "capacity": own.capacity,
-        "sites": [
-            [*key, {**size._asdict(), "dtype": str(size.dtype)}]
-            for key, size in ((key, site.size) for key, site in own.sites.items())
-        ],
-        "history": own.history,
-        "shots": [
-            {
-                **{name: value for name, value in asdict(kept.entry).items() if name not in ("tier", "selected")},
-                "errors": kept.errors,
-                "file": files[i].path.name,
-                "digest": files[i].digest,
-            }
-            for i, kept in own.kept.items()
-        ],
-    }
-
-
-def _restored(told: Mapping[str, Any], folder: Path, device: torch.device, budget: Budget | None) -> KVCache:
-    cache = KVCache(capacity=told["capacity"], storage=told["storage"], budget=budget, branch=told["branch"])
-    own = cache._own
-    own.scheme, own.pairing = told["scheme"], told["pairing"]
+def restored(told: Mapping[str, Any], folder: Path, device: torch.device, budget: Budget) -> Holdings:
+    """One cache, as its index tells of it, see :meth:`KVCache.load`."""
+    folder = folder.absolute()
+    device = torch.empty(0, device=device).device  # "cuda" is the present one, by its number
+    here = Holdings(told["capacity"], told["storage"], budget, told["branch"])
+    here.scheme, here.pairing = told["scheme"], told["pairing"]
     if told["diagonal"] is not None:
         dtype, values = told["diagonal"]
-        own.diagonal = torch.tensor(values, dtype=_dtype(dtype), device=device)
+        here.diagonal = torch.tensor(values, dtype=_dtype(dtype), device=device)
     for block, name, size in told["sites"]:
         size = SiteSize(**{**size, "channels": tuple(size["channels"]), "dtype": _dtype(size["dtype"])})
-        own.sites[block, name] = Site(size, device)
-    own.history = [_id(i) for i in told["history"]]
+        here.sites[block, name] = SiteRows(size, device)
+    here.history = [_id(i) for i in told["history"]]
     for shot in told["shots"]:
         file = ShotFile(folder / shot.pop("file"), shot.pop("digest"), check=True)
         errors = shot.pop("errors")
@@ -143,29 +94,59 @@ def _restored(told: Mapping[str, Any], folder: Path, device: torch.device, budge
             "level": tuple(shot["level"]),
             "saw": tuple(map(_id, shot["saw"])),
         }
-        entry = CachedShot(**shot, tier="disk", selected=shot["id"] in own.history)
-        _check_file(file, entry, own)
-        own.kept[entry.id] = Kept(entry, file, errors and tuple(errors), {folder: file})
-    own.resize()
-    return cache
+        entry = CachedShot(**shot, tier="disk", selected=shot["id"] in here.history)
+        _check_file(file, entry, here)
+        here.kept[entry.id] = HeldShot(entry, file, errors and tuple(errors), {folder: file})
+    here.resize()
+    return here
 
 
-def _check_file(file: ShotFile, entry: CachedShot, own: Holdings) -> None:
+def _files(here: Holdings, folder: Path) -> dict[Hashable, ShotFile]:
+    """Every shot's file in a folder; written where there is none."""
+    make_folder(folder)
+    files = {}
+    for i, kept in here.kept.items():
+        file = kept.files.get(folder)
+        if file is None or not file.path.is_file():
+            file = write_shot(folder, i, {key: here.original(kept, key) for key in here.sites})
+        files[i] = file
+    return files
+
+
+def _told(here: Holdings, files: Mapping[Hashable, ShotFile]) -> dict[str, Any]:
+    """What the index says of a cache, as JSON can say it."""
+    return {
+        "scheme": here.scheme,
+        "pairing": here.pairing,
+        "diagonal": None if here.diagonal is None else [str(here.diagonal.dtype), here.diagonal.tolist()],
+        "branch": here.branch,
+        "storage": here.storage,
+        "capacity": here.capacity,
+        "sites": [[*key, {**site.size._asdict(), "dtype": str(site.size.dtype)}] for key, site in here.sites.items()],
+        "history": here.history,
+        "shots": [
+            {
+                **{name: value for name, value in asdict(kept.entry).items() if name not in ("tier", "selected")},
+                "errors": kept.errors,
+                "file": files[i].path.name,
+                "digest": files[i].digest,
+            }
+            for i, kept in here.kept.items()
+        ],
+    }
+
+
+def _check_file(file: ShotFile, entry: CachedShot, here: Holdings) -> None:
     """Refuse a file of another shot."""
-    for key, site in own.sites.items():
+    for key, site in here.sites.items():
         size, tokens = site.size, entry.tokens(site.size.space)
         expected = [(size.entries, tokens, size.heads, channels) for channels in size.channels]
-        got = [tuple(getattr(x, "values" if own.storage != "native" else "data").shape) for x in file.get(key, ())]
+        got = [tuple(getattr(x, "values" if here.storage != "native" else "data").shape) for x in file.get(key, ())]
         if got != expected:
             raise ValueError(
                 f"{file.path}: it holds {got} for block {key[0]}, site {key[1]!r}, expected {expected}; restore it "
                 "from a copy, or write the cache again"
             )
-
-
-def _check_ids(own: Holdings) -> None:
-    if wrong := [i for i in own.kept if not _is_plain(i)]:
-        raise ValueError(f"ids: {wrong} can't be saved, expected strings, whole numbers, or tuples of them")
 
 
 def _is_plain(id: Hashable) -> bool:

@@ -24,9 +24,9 @@ class CachedShot:
         written: Where on the diagonal its keys were written.
         origin: Where on the diagonal its keys stand now.
         extent: How many diagonal steps it takes; a successor starts at ``origin + extent``.
-        saw: What its keys and values may hold something of: the history that it was written behind, and the other shots
-            of its call, by id.
-        prompt: What it was prompted with, for those who ask later.
+        saw: The shots that its keys and values may depend on directly, by id: the history that it was written behind,
+            and the other shots of its call.
+        prompt: What it was prompted with; only recorded.
         branch: The guidance branch of its cache.
         tier: Where its keys and values are: on the model's ``"device"``, in ``"host"`` memory or on ``"disk"``.
         pinned: Whether it is to be kept near before others, see :func:`lct_core.cache.recency`.
@@ -52,8 +52,15 @@ class CachedShot:
         return count
 
 
-class Stage(NamedTuple):
-    """The shots that a call writes behind the history: what :meth:`KVCache.append` keeps."""
+class StagedShots(NamedTuple):
+    """The shots that a call writes behind the history, and :meth:`KVCache.append` can keep.
+
+    Args:
+        shots: Their token counts, in row order.
+        levels: Their noise levels, 0 to 1.
+        origins: Where on the diagonal each starts.
+        extents: How many diagonal steps each takes.
+    """
 
     shots: tuple[Shot, ...]
     levels: Float[Tensor, "batch shots"]

@@ -87,7 +87,7 @@ def place(x: Stored, out: Tensor, by: Rotation | None = None) -> None:
 class ShotFile(Mapping[SiteKey, KV]):
     """A shot's keys and values in a file, memory-mapped: read when they are used.
 
-    A file goes with its last user in this process, unless it is part of a saved cache.
+    Deleted when the last reference in this process is released, unless it is part of a saved cache.
     """
 
     def __init__(self, path: Path, digest: str, *, check: bool = False) -> None:
@@ -112,14 +112,9 @@ class ShotFile(Mapping[SiteKey, KV]):
     def __deepcopy__(self, memo: Any) -> "ShotFile":
         return self
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of keys and values."""
-        return sum(kv.nbytes for kv in self.values())
-
 
 def write_shot(folder: Path, id: Hashable, kvs: Mapping[SiteKey, Pair]) -> ShotFile:
-    """Write a shot to a new file, which goes with its last user.
+    """Write a shot to a new file, which is deleted when the last reference to it is released.
 
     Raises:
         OSError: where it can't be written.
@@ -143,7 +138,7 @@ def keep_file(path: Path) -> None:
 
 
 def release_file(path: Path) -> None:
-    """Let a file go with its last user, or now: it is part of a saved cache no more."""
+    """Delete a file that no saved cache has any more: when its last reference is released, or now if there is none."""
     path = path.absolute()
     if path in _users:
         _scratch.add(path)
@@ -152,8 +147,8 @@ def release_file(path: Path) -> None:
 
 
 _NAME = re.compile(r"[A-Za-z0-9-]+-[0-9a-f]{12}\.safetensors(\.partial)?")  # of a shot's file
-_users: Counter[Path] = Counter()  # of files, in this process
-_scratch: set[Path] = set()  # the files that go with their last user
+_users: Counter[Path] = Counter()  # references to each file, in this process
+_scratch: set[Path] = set()  # the files that are deleted when their last reference is released
 
 
 def _leave(path: Path, process: int) -> None:
@@ -176,7 +171,7 @@ def _named(kvs: Mapping[SiteKey, Pair]) -> tuple[dict[str, Tensor], dict[str, st
             name = f"{block}/{site}/{kind}"
             if isinstance(x, Quantized):
                 about[name] = str(x.dtype).removeprefix("torch.")
-                tensors |= {f"{name}/{part}": tensor for part, tensor in x.tensors().items()}
+                tensors |= {f"{name}/values": x.values, f"{name}/scales": x.scales}
             else:
                 tensors[name] = x
     return tensors, about
@@ -185,7 +180,6 @@ def _named(kvs: Mapping[SiteKey, Pair]) -> tuple[dict[str, Tensor], dict[str, st
 def _unnamed(tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> dict[SiteKey, KV]:
     stored: dict[str, Stored] = {name: x for name, x in tensors.items() if name.count("/") == 2}
     for name, dtype in about.items():
-        parts = {part: tensors[f"{name}/{part}"] for part in ("values", "scales")}
-        stored[name] = Quantized.from_tensors(parts, dtype=getattr(torch, dtype))
+        stored[name] = Quantized(tensors[f"{name}/values"], tensors[f"{name}/scales"], getattr(torch, dtype))
     keys = sorted({tuple(name.split("/")[:2]) for name in stored})
     return {(int(block), site): KV(*(stored[f"{block}/{site}/{kind}"] for kind in "kv")) for block, site in keys}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lct_core.cache.budget import SiteSize
-from lct_core.cache.rows import Site
+from lct_core.cache.rows import SiteRows
 from lct_core.cache.tiers import SiteKey
 
 Bring = Callable[[SiteKey, Tensor, Tensor], None]
@@ -68,7 +68,7 @@ class WorkingRows:
         self._settle()
         self._rows = {}
 
-    def history(self, key: SiteKey, site: Site, tokens: int, bring: Bring) -> tuple[Tensor, Tensor]:
+    def history(self, key: SiteKey, site: SiteRows, tokens: int, bring: Bring) -> tuple[Tensor, Tensor]:
         """A row of so many tokens that begins with a site's history."""
         if self._ahead is None or self._ahead.key != key:
             self._settle()
@@ -77,7 +77,7 @@ class WorkingRows:
         self._settle()
         return row
 
-    def ahead(self, key: SiteKey, site: Site, tokens: int, bring: Bring) -> None:
+    def ahead(self, key: SiteKey, site: SiteRows, tokens: int, bring: Bring) -> None:
         """Begin to bring the history of the site that comes next."""
         if site.device.type == "cuda":
             self._ahead = self._brought(key, site, tokens, bring)
@@ -89,7 +89,7 @@ class WorkingRows:
             copies = ahead.copies.result()
             torch.cuda.current_stream(ahead.row[0].device).wait_event(copies)
 
-    def _brought(self, key: SiteKey, site: Site, tokens: int, bring: Bring) -> "_Brought":
+    def _brought(self, key: SiteKey, site: SiteRows, tokens: int, bring: Bring) -> "_Brought":
         device = site.device
         if device not in self._rows:
             self._rows[device] = [self._made(device) for _ in range(self._at_once(device))]
