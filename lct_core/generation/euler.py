@@ -99,17 +99,51 @@ def euler(
             "lct_core.generation.schedule makes them"
         )
     path = path or RectifiedFlow()
-    names = tuple(range(len(noise)) if shots is None else shots)
+
+    def step(latents: list[Latents], change: Sequence[Latents], t: float, s: float) -> list[Latents]:
+        return [path.step(z, v, t, s) for z, v in zip(latents, change, strict=True)]
+
+    return loop(
+        velocity,
+        step,
+        noise,
+        levels=levels,
+        noisy=noisy or [None] * len(noise),
+        shots=range(len(noise)) if shots is None else shots,
+        callback=callback,
+    )
+
+
+def loop(
+    velocity: Velocity,
+    step: Callable[[list[Latents], Sequence[Latents], float, float], Sequence[Latents]],
+    noise: Sequence[Latents],
+    *,
+    levels: Sequence[float],
+    noisy: Sequence[Tensor | None],
+    shots: Sequence[int],
+    callback: Callback | None,
+) -> list[Latents]:
+    """From noise to data in some steps, in float32 at least; what is not to be denoised stays as it is.
+
+    Args:
+        velocity: dz/dt of some shots that share a noise level.
+        step: The shots at the next level, ``step(latents, dz/dt, t, next t)``.
+        noise: Where each shot starts.
+        levels: All noise levels, the last one included.
+        noisy: Where each shot is to be denoised; None for everywhere.
+        shots: What a callback shall call these shots.
+        callback: Called after every step.
+    """
     latents = [wide(z) for z in noise]
     for done, (t, s) in enumerate(pairwise(levels), 1):
-        change = velocity(latents, t)
-        stepped = [path.step(z, v, t, s) for z, v in zip(latents, change, strict=True)]
+        stepped = step(latents, velocity(latents, t), t, s)
         latents = [
             new if part is None else torch.where(part, new, old)
-            for new, old, part in zip(stepped, latents, noisy or [None] * len(latents), strict=True)
+            for new, old, part in zip(stepped, latents, noisy, strict=True)
         ]
         if callback is not None:
-            callback(Step(names, done, len(levels) - 1, s, latents))
+            callback(Step(tuple(shots), done, len(levels) - 1, s, latents))
     return latents
 
 

@@ -9,8 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lct_core._describe import describe
-from lct_core.backbone.inputs import ShotInput
-from lct_core.backbone.traits import Traits
+from lct_core.backbone import ShotInput, Traits
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

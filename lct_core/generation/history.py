@@ -1,6 +1,6 @@
 """Which earlier shots a shot sees when shots are generated one after the other (paper, 3.4)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from lct_core.layout import Shot
@@ -20,7 +20,19 @@ class Recent:
 
     def __call__(self, shot: int, earlier: Sequence[int]) -> Sequence[int]:
         """The last of the earlier shots."""
-        return earlier[len(earlier) - min(len(earlier), self.window - 1) :]
+        return last_before((shot,), earlier, window=self.window)
+
+
+def last_before(made: Sequence[int], shots: Iterable[int], *, window: int) -> tuple[int, ...]:
+    """The last shots before a take's that fit a window with it.
+
+    Args:
+        made: The shots of the take, by index.
+        shots: Those that it may see, by index; later ones are left out.
+        window: Most shots in the take and its history together, the global one not counted.
+    """
+    earlier = sorted(i for i in shots if i < min(made))
+    return tuple(earlier[max(0, len(earlier) - max(0, window - len(made))) :])
 
 
 def recent(window: int = 9) -> Recent:

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from lct_core.backbone.inputs import ShotInput
+from lct_core.backbone import ShotInput
 from lct_core.codec import Codec
 from lct_core.noise import shot_noise
 from lct_core.script import Script

@@ -3,13 +3,12 @@
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from inspect import signature
-from itertools import pairwise
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from lct_core.generation.euler import Callback, Latents, Step, Velocity, euler, schedule, wide
+from lct_core.generation.euler import Callback, Latents, Velocity, euler, loop, schedule
 from lct_core.noise import keyed_generator
 from lct_core.paths import Path, RectifiedFlow
 
@@ -64,20 +63,16 @@ def denoise(
     levels = call_levels(steps, path)
     seeded = [_seeded(steps, seed, i) for i in shots]
     schedulers = [deepcopy(steps) for _ in noise]
-    latents = [wide(z) for z in noise]
-    for done, (timestep, (t, s)) in enumerate(zip(steps.timesteps, pairwise([*levels, 0.0]), strict=True), 1):
-        change = velocity(latents, t)
-        stepped = [
+    timesteps = iter(steps.timesteps)
+
+    def step(latents: list[Latents], change: Sequence[Latents], t: float, s: float) -> list[Latents]:
+        timestep = next(timesteps)
+        return [
             scheduler.step(v, timestep, z, **options, return_dict=False)[0].to(z.dtype)
             for scheduler, v, z, options in zip(schedulers, change, latents, seeded, strict=True)
         ]
-        latents = [
-            new if part is None else torch.where(part, new, old)
-            for new, old, part in zip(stepped, latents, noisy, strict=True)
-        ]
-        if callback is not None:
-            callback(Step(tuple(shots), done, len(levels), s, latents))
-    return latents
+
+    return loop(velocity, step, noise, levels=[*levels, 0.0], noisy=noisy, shots=shots, callback=callback)
 
 
 def call_levels(steps: Steps, path: Path) -> list[float]:

@@ -4,7 +4,9 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from lct_core.generation.history import choose, recent
+from lct_core.backbone import ShotInput
+from lct_core.generation.euler import Latents
+from lct_core.generation.history import last_before, recent
 from lct_core.layout import Shot
 from lct_core.patterns import Pattern, context_causal
 
@@ -61,6 +63,29 @@ class Take:
             )
 
 
+@dataclass(frozen=True, kw_only=True)
+class DoneShot:
+    """A shot that is done, and what stands for it in what is made from it.
+
+    Args:
+        latents: The clean shot.
+        shot: Its prompt and noise, as it was made.
+        level: Its noise level as a condition and as history, 0-1000.
+        history: The shots visible when its keys and values are written.
+        beside: The shots made with it that it saw.
+        pattern: The pattern that it was made with.
+        given: Whether it was given, not made.
+    """
+
+    latents: Latents
+    shot: ShotInput
+    level: float
+    history: tuple[int, ...]
+    beside: frozenset[int]
+    pattern: str | Pattern
+    given: bool
+
+
 def in_order(pattern: str | Pattern) -> bool:
     """Whether a pattern is context-causal, by its name or itself: no shot sees a later one."""
     return pattern in ("context_causal", context_causal)
@@ -97,17 +122,23 @@ def takes_of(
     """
     if mode not in get_args(Mode):
         raise ValueError(f"mode: got {mode!r}, expected one of {get_args(Mode)}")
-    shots = _shots(scene)
+    shots = shots_of(scene)
     left = tuple(i for i in shots if i not in given)
     if not left or not set(given) <= set(shots):
         raise ValueError(f"given: got {sorted(given)}, expected some of {shots}, and one left to generate")
     if mode in ("joint", "conditional"):
         return [Take(left, tuple(sorted(given)), cached=False, pattern=pattern)]
-    takes = [Take((i,), tuple(choose(recent(window), shots, i))) for i in left]
+    recent(window)  # refuses one without a shot
+    takes = [Take((i,), last_before((i,), shots, window=window)) for i in left]
     return takes if mode == "causal" else [replace(take, cached=False, pattern=pattern) for take in takes]
 
 
-def _shots(scene: Sequence[Shot]) -> list[int]:
+def shots_of(scene: Sequence[Shot] | Sequence[ShotInput]) -> list[int]:
+    """Indices of a scene's shots, the global one left out.
+
+    Raises:
+        ValueError: for no shots, and a global shot that is not the first.
+    """
     roles = [shot.role for shot in scene]
     if "global" in roles[1:] or "shot" not in roles:
         raise ValueError(f"scene: got roles {roles}, expected shots, and before them at most one global shot")

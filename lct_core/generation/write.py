@@ -1,13 +1,12 @@
 """How a generated shot's keys and values come about: in a pass of its own, or in a step of its take."""
 
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Literal
 
-from lct_core.backbone.adapter import Backbone
+from lct_core.backbone import Backbone
+from lct_core.denoiser import Denoiser
 from lct_core.engine.visibility import TextScope
-from lct_core.experts import Experts
 from lct_core.generation.guidance import Guidance
-from lct_core.scene_model import SceneModel
 
 Write = Literal["pass", "nearest"]
 
@@ -17,23 +16,19 @@ def nearest(levels: Sequence[float], level: float) -> int:
     return min(range(len(levels)), key=lambda n: (abs(levels[n] - level), -n))
 
 
-def check_write(write: Write, model: SceneModel | Experts, guidance: Guidance | None) -> Write:
-    """The way to write, where the model and guidance allow it.
+def check_write(write: Write, model: Denoiser, guidance: Guidance | None) -> None:
+    """Refuse what the model does not allow with its guidance.
 
     Raises:
-        ValueError: for an unknown way, keys of a single step where another expert or branch has none of it, and one
-            history for both branches where they would need different ones.
+        ValueError: for keys of a single step where another expert or branch has none of it, and one history for both
+            branches where they would need different ones.
     """
-    if write not in get_args(Write):
-        raise ValueError(f"write: got {write!r}, expected one of {get_args(Write)}")
     shared = guidance is not None and guidance.shared_history
-    if write == "nearest" and (shared or isinstance(model, Experts)):
+    if write == "nearest" and (shared or model.several):
         what = "one history for both branches hears no prompt" if shared else "both experts need the keys of a shot"
         raise ValueError(f'write: got "nearest", but {what}, and a step of its take has not; expected "pass"')
     if shared:
-        one = model.high if isinstance(model, Experts) else model
-        check_shared_history(one.adapter, one.text)
-    return write
+        check_shared_history(model.adapter, model.text)
 
 
 def check_shared_history(adapter: Backbone, text: TextScope) -> None:

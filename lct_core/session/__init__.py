@@ -4,7 +4,8 @@
 returns. ``lct direct`` is the same in a terminal.
 """
 
-from lct_core.session.book import Book, SessionTake, Settings, State
-from lct_core.session.session import Session, ShotRow
+from lct_core.session.book import Book, BranchState, SessionTake, ShotRow
+from lct_core.session.session import Session
+from lct_core.session.settings import Settings
 
-__all__ = ["Book", "Session", "SessionTake", "Settings", "ShotRow", "State"]
+__all__ = ["Book", "BranchState", "Session", "SessionTake", "Settings", "ShotRow"]

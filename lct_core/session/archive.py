@@ -11,9 +11,10 @@ from torch import Tensor
 
 from lct_core.codec import Codec
 from lct_core.data import read_image, read_video, write_image, write_video
-from lct_core.data.scenes import is_video
+from lct_core.data.scenes import read_clip
 from lct_core.files import read_tensors, write_tensors
-from lct_core.session.book import SessionTake, Settings
+from lct_core.session.book import SessionTake
+from lct_core.session.settings import Settings
 
 _LATENTS, _SHEET = "latents.safetensors", "contact_sheet.png"
 
@@ -66,10 +67,7 @@ class Archive:
 
     def read(self, file: Path) -> Tensor:
         """The frames of a file, read as the session's settings say."""
-        reading = self._settings.reading
-        if is_video(file):
-            return read_video(file, **reading)
-        return read_image(file, **{name: reading[name] for name in ("area", "multiple") if name in reading})
+        return read_clip(file, **self._settings.reading)
 
     @torch.no_grad()
     def frames(self, take: SessionTake, n: int) -> Tensor:
@@ -109,6 +107,28 @@ class Archive:
 
     def _given(self, take: SessionTake) -> Path:
         return self.folder(take) / f"given{Path(take.file or '').suffix}"
+
+
+def check_size(size: tuple[int, int, int], codec: Codec, *, name: str, fix: str = "") -> None:
+    """Refuse what the codec can't take, or no video file can hold.
+
+    Args:
+        size: Frames, height and width in pixels.
+        codec: The codec.
+        name: What an error calls it.
+        fix: What to do about odd pixels.
+
+    Raises:
+        ValueError: saying which it is.
+    """
+    try:
+        codec.latent_shape(*size)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    frames, height, width = size
+    if frames > 1 and (height % 2 or width % 2):
+        said = f"{name}: got a video of {height} x {width} pixels, expected even ones, as MP4 files need"
+        raise ValueError(said + fix)
 
 
 def _read(path: Path) -> Tensor:

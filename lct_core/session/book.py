@@ -7,34 +7,17 @@ it is after, and there is no torn line to make sense of. Undo and branches are l
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
-from lct_core.cache import Storage
+from lct_core import lineage
 from lct_core.files import read_json, write_json
+from lct_core.generation.history import last_before
 from lct_core.script import SHOT_CUT, Script, ScriptShot, parse_script
+from lct_core.session.settings import Settings
 
 FILE = "session.json"
+TAKES, CACHE, SCENE = "takes", "cache", "scene"  # what else a session keeps in its folder
 _FORMAT = "lct session 1"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What holds for all of a session; :meth:`lct_core.session.Session.create` says what each of them means."""
-
-    size: tuple[int, int, int]
-    seed: int
-    steps: int
-    shift: float
-    guidance: float
-    negative: str
-    negative_global: str
-    shared_history: bool
-    t_c: float
-    window: int
-    pattern: str
-    fps: float
-    reading: Mapping[str, Any]
-    storage: Storage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,8 +56,8 @@ class SessionTake:
         return tuple(self.seen)
 
     def behind(self, shot: int) -> tuple[int, ...]:
-        """What the keys and values of one of the shots stand behind: the history, and those made with it before it."""
-        return (*self.history, *self.shots[: self.shots.index(shot)])
+        """The shots visible when this shot's keys and values were written."""
+        return lineage.behind(self.history, self.shots, shot)
 
     @property
     def told(self) -> str:
@@ -92,7 +75,7 @@ class SessionTake:
 
 
 @dataclass(frozen=True, kw_only=True)
-class State:
+class BranchState:
     """Where a branch stands.
 
     Args:
@@ -106,6 +89,26 @@ class State:
     history: tuple[int, ...] | None = None
 
 
+class ShotRow(NamedTuple):
+    """Where one shot of a scene stands.
+
+    Args:
+        shot: Its number, from 1.
+        text: What is to be seen.
+        state: "to do"; "made", but not kept; "kept"; "given"; or "stale", see :attr:`Session.stale`.
+        take: The take that is kept of it, or the present one; None for neither.
+        history: What that take saw.
+        t_c: The level, 0-1000, at which later shots see it.
+    """
+
+    shot: int
+    text: str
+    state: str
+    take: int | None
+    history: tuple[int, ...]
+    t_c: float | None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Book:
     """All that a session remembers but latents, pictures, keys and values. Immutable: a change is another book.
@@ -113,7 +116,7 @@ class Book:
     Args:
         script: As it was at the start.
         settings: What holds for all takes.
-        model: What :func:`lct_core.engine.fingerprint.identify` says of the model.
+        model: What :meth:`lct_core.SceneModel.fingerprint` says of the model.
         about: What whoever made the session keeps with it.
         takes: All takes of all branches, also those that were not kept.
         branches: The states of every branch, the present one last.
@@ -125,7 +128,7 @@ class Book:
     model: Mapping[str, Any]
     about: Mapping[str, Any]
     takes: tuple[SessionTake, ...] = ()
-    branches: Mapping[str, tuple[State, ...]] = field(default_factory=lambda: {"main": (State(),)})
+    branches: Mapping[str, tuple[BranchState, ...]] = field(default_factory=lambda: {"main": (BranchState(),)})
     branch: str = "main"
 
     @classmethod
@@ -150,20 +153,13 @@ class Book:
 
     @classmethod
     def _of(cls, content: Mapping[str, Any]) -> "Book":
-        takes = [
-            SessionTake(
-                **{
-                    **take,
-                    **{name: tuple(take[name]) for name in ("shots", "texts", "cuts")},
-                    "seen": dict(take["seen"]),
-                }
-            )
-            for take in content["takes"]
-        ]
-        settings = content["settings"]
+        takes = []
+        for take in content["takes"]:
+            sequences = {name: tuple(take[name]) for name in ("shots", "texts", "cuts")}
+            takes.append(SessionTake(**{**take, **sequences, "seen": dict(take["seen"])}))
         return cls(
             script=parse_script(content["script"]),
-            settings=Settings(**{**settings, "size": tuple(settings["size"])}),
+            settings=Settings.of(content["settings"]),
             model=content["model"],
             about=content["about"],
             takes=tuple(takes),
@@ -185,7 +181,7 @@ class Book:
         content = {
             "format": _FORMAT,
             "script": self.script.render(),
-            "settings": asdict(self.settings),
+            "settings": self.settings.flat(),
             "model": self.model,
             "about": self.about,
             "takes": takes,
@@ -195,9 +191,18 @@ class Book:
         write_json(folder / FILE, content)
 
     @property
-    def state(self) -> State:
+    def state(self) -> BranchState:
         """Where the present branch stands."""
         return self.branches[self.branch][-1]
+
+    def with_take(self, take: SessionTake, **changes: Any) -> Self:
+        """The book with another take, after a step on the present branch.
+
+        Args:
+            take: The take.
+            changes: To the branch's state.
+        """
+        return replace(self, takes=(*self.takes, take)).then(**changes)
 
     def then(self, **changes: Any) -> Self:
         """The book after a step on the present branch.
@@ -214,6 +219,11 @@ class Book:
             raise LookupError(f"take {number} of {len(self.takes)}")
         return self.takes[number - 1]
 
+    @property
+    def present(self) -> SessionTake | None:
+        """The take to be looked at, kept or done again."""
+        return None if self.state.present is None else self.take(self.state.present)
+
     def kept(self, shot: int) -> SessionTake:
         """The take of a shot that is kept."""
         return self.take(self.state.kept[shot])
@@ -221,35 +231,26 @@ class Book:
     def depends(self, shot: int) -> dict[int, int]:
         """The takes of other shots that a shot which is kept was made from.
 
-        Those made with it count, if it saw them; all that it saw are in :attr:`State.kept`, then or by now another.
+        Those made with it count, if it saw them; all that it saw are in :attr:`BranchState.kept`, or were.
         """
         take = self.kept(shot)
-        causal = self.settings.pattern == "context_causal"
-        beside = take.shots[: take.shots.index(shot)] if causal else take.shots
-        return {**take.seen, **{i: take.number for i in beside if i != shot}}
+        beside = lineage.beside(take.shots, shot, in_order=self.settings.pattern == "context_causal")
+        return {**take.seen, **dict.fromkeys(beside, take.number)}
 
     @property
     def stale(self) -> tuple[int, ...]:
         """Kept shots that saw another take of a shot than the one that is kept now, or a stale shot."""
-        kept, stale = self.state.kept, set[int]()
-        depends = {shot: self.depends(shot) for shot in kept}
-        while more := {
-            shot
-            for shot in kept.keys() - stale
-            if any(kept.get(i) != number or i in stale for i, number in depends[shot].items())
-        }:
-            stale |= more
-        return tuple(sorted(stale))
+        kept, saw = self.state.kept, self._saw
+        replaced = {n for n, of in saw.items() if any(kept.get(i) != number for i, number in of.items())}
+        return tuple(sorted(replaced | lineage.dependents(saw, replaced)))
 
     def origin(self, shot: int) -> dict[int, int]:
         """All that the keys and values of a shot that is not stale depend on: its take, those of what it saw, etc."""
-        origin, left = {}, [shot]
-        while left:
-            i = left.pop()
-            if i not in origin:
-                origin[i] = self.state.kept[i]
-                left += self.depends(i)
-        return origin
+        return {i: self.state.kept[i] for i in sorted(lineage.ancestors(self._saw, shot))}
+
+    @property
+    def _saw(self) -> dict[int, dict[int, int]]:
+        return {shot: self.depends(shot) for shot in self.state.kept}
 
     def shot(self, n: int) -> ScriptShot | None:
         """What is to be seen in a shot: of its take where one is kept, else of the script; None beyond it."""
@@ -261,6 +262,26 @@ class Book:
     def count(self) -> int:
         """How many shots the scene has: the script's, and those kept beyond it."""
         return max([len(self.script.shots), *self.state.kept])
+
+    @property
+    def next(self) -> int:
+        """The first shot that is not kept."""
+        return next(n for n in range(1, self.count + 2) if n not in self.state.kept)
+
+    @property
+    def rows(self) -> list[ShotRow]:
+        """A row for every shot: the scene's, and those of the present take after them."""
+        present = self.present
+        rows = []
+        for n in range(1, max([self.count, *(present.shots if present else ())]) + 1):
+            take = self.kept(n) if n in self.state.kept else present if present and n in present.shots else None
+            if take is None:
+                rows.append(ShotRow(n, self.script.shots[n - 1].text, "to do", None, (), None))
+                continue
+            state = "made" if n not in self.state.kept else "stale" if n in self.stale else "kept"
+            state = "given" if take.file and state == "kept" else state
+            rows.append(ShotRow(n, take.script_shot(n).text, state, take.number, take.history, take.t_c))
+        return rows
 
     def index(self, n: int) -> int:
         """A shot's place in the scene, where a global shot comes first."""
@@ -299,9 +320,8 @@ class Book:
         first = min(shots)
         chosen = self.state.history if history is None else history
         if chosen is None or chosen == "recent":
-            stale = self.stale
-            earlier = [n for n in sorted(self.state.kept) if n < first and n not in stale]
-            chosen = earlier[len(earlier) - max(0, min(len(earlier), self.settings.window - len(shots))) :]
+            fresh = self.state.kept.keys() - {*self.stale}
+            chosen = last_before(shots, fresh, window=self.settings.sampling.window)
         self.check_history(chosen)
         if late := [n for n in chosen if n >= first]:
             raise ValueError(f"history: got {listed(late)} for shot {first}, expected earlier ones")
@@ -324,6 +344,20 @@ class Book:
             )
 
 
+def check_new(folder: Path) -> None:
+    """Refuse a folder in which a session would meet another's files.
+
+    Raises:
+        FileExistsError: naming what is in the way.
+    """
+    if (folder / FILE).exists():
+        raise FileExistsError(f"{folder}: already holds a session; go on with that, or choose another folder")
+    if there := [name for name in (TAKES, CACHE, SCENE) if (folder / name).exists()]:
+        raise FileExistsError(
+            f"{folder / there[0]}: is there without a {FILE}, and would be overwritten; choose another folder"
+        )
+
+
 def listed(shots: Sequence[int]) -> str:
     """Shots in words."""
     if not shots:
@@ -331,9 +365,9 @@ def listed(shots: Sequence[int]) -> str:
     return f"shot{'s' if len(shots) > 1 else ''} {', '.join(map(str, shots))}"
 
 
-def _state(content: Mapping[str, Any]) -> State:
+def _state(content: Mapping[str, Any]) -> BranchState:
     history: Sequence[int] | None = content["history"]
-    return State(
+    return BranchState(
         kept=dict(content["kept"]),
         present=content["present"],
         history=None if history is None else tuple(history),

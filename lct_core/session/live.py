@@ -8,16 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lct_core.backbone.inputs import ShotInput
-from lct_core.cache import Budget, KVCache
-from lct_core.cache.expert_cache import ExpertCache
+from lct_core.backbone import ShotInput
+from lct_core.cache import Budget
 from lct_core.codec import Codec
-from lct_core.experts import Experts
+from lct_core.denoiser import Denoiser
 from lct_core.files import read_json, write_json
-from lct_core.generation import Director, Guidance, Take, negative_texts, schedule, start_scene
+from lct_core.generation import Director, Take, start_scene
 from lct_core.generation.euler import Callback
 from lct_core.noise import shot_noise
-from lct_core.scene_model import SceneModel
 from lct_core.script import SHOT_CUT
 from lct_core.session.archive import Archive
 from lct_core.session.book import Book, SessionTake
@@ -25,7 +23,7 @@ from lct_core.session.book import Book, SessionTake
 _WRITTEN = "written.json"
 
 
-class Live:
+class LiveDirector:
     """A director who can be brought to where a book stands.
 
     Keys and values are right for as long as nothing is replaced that they depend on, :meth:`Book.origin`: those of
@@ -39,22 +37,12 @@ class Live:
         budget: Of each cache; without a folder of its own, its files are where they would be saved.
     """
 
-    def __init__(
-        self, model: SceneModel | Experts, codec: Codec, archive: Archive, folder: Path, budget: Budget | None
-    ) -> None:
+    def __init__(self, model: Denoiser, codec: Codec, archive: Archive, folder: Path, budget: Budget | None) -> None:
         self._model, self._codec, self._archive, self._folder, self._budget = model, codec, archive, folder, budget
         self._director: Director | None = None
         self._holds: dict[int, dict[int, int]] = {}  # the origin of every shot that the director has
-        weights = next((model.high if isinstance(model, Experts) else model).backbone.parameters())
+        weights = next(model.adapter.model.parameters())
         self._device, self._dtype = weights.device, weights.dtype
-
-    def check(self, book: Book) -> None:
-        """Refuse what a session can't begin with.
-
-        Raises:
-            ValueError: for prompts, levels, steps or storage that generation refuses.
-        """
-        list(self.follow(book).caches)  # which are made when they are first asked for
 
     def follow(self, book: Book) -> Director:
         """The director, with the kept shots of the present branch but for the stale ones.
@@ -119,30 +107,18 @@ class Live:
 
     def _new(self, book: Book) -> Director:
         settings = book.settings
-        texts = negative_texts(self._codec, shot=settings.negative, overall=settings.negative_global)
         scene = start_scene(
             book.script, self._codec, settings.size, seed=settings.seed, device=self._device, dtype=self._dtype
         )
-        kind, folder, budget = self._kind, self._folder, self._budget
 
         def new_cache(*, capacity: int, branch: str) -> Any:
-            near = _budget_of(branch, budget, folder)
-            return kind(capacity=capacity, storage=settings.storage, budget=near, branch=branch)
+            near = _budget_of(branch, self._budget, self._folder)
+            return self._model.new_cache(
+                capacity=capacity, storage=settings.sampling.storage, budget=near, branch=branch
+            )
 
-        return Director(
-            self._model,
-            scene,
-            guidance=Guidance(scale=settings.guidance, shared_history=settings.shared_history, **texts),
-            t_c=settings.t_c,
-            seed=settings.seed,
-            steps=schedule(settings.steps, shift=settings.shift),
-            window=settings.window,
-            new_cache=new_cache,
-        )
-
-    @property
-    def _kind(self) -> Any:
-        return ExpertCache if isinstance(self._model, Experts) else KVCache
+        sampling = settings.sampling.encoded(self._codec)
+        return Director(self._model, scene, sampling=sampling, seed=settings.seed, new_cache=new_cache)
 
     def _hold(self, director: Director, book: Book, n: int, latents: Tensor) -> None:
         take, i = book.kept(n), book.index(n)
@@ -162,12 +138,8 @@ class Live:
             return  # nor are both branches there, where saving was cut short
         for number, branch in enumerate([cache.branch for cache in director.caches]):
             try:
-                cache = self._kind.load(
-                    self._folder / branch,
-                    self._model,
-                    device=self._device,
-                    budget=_budget_of(branch, self._budget, self._folder),
-                )
+                budget = _budget_of(branch, self._budget, self._folder)
+                cache = self._model.load_cache(self._folder / branch, device=self._device, budget=budget)
             except (ValueError, OSError) as error:
                 raise ValueError(
                     f"{error}; if its files are damaged, remove {self._folder}: what it held is made again"

@@ -1,48 +1,27 @@
 """A session: what the director says, and what there is on disk of it."""
 
-import os
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, Self, Unpack
 
 import torch
 from torch import Tensor
 
-from lct_core.cache import Budget, Storage
+from lct_core.cache import Budget
 from lct_core.codec import Codec
-from lct_core.data import VideoScene, write_scene
-from lct_core.engine.fingerprint import check_identity, identify
-from lct_core.experts import Experts
+from lct_core.denoiser import Denoiser
+from lct_core.fingerprint import check_fingerprint
+from lct_core.generation import Sampling
+from lct_core.generation.common import check_levels
 from lct_core.generation.euler import Callback
-from lct_core.scene_model import SceneModel
+from lct_core.generation.sampling import SamplingOptions
 from lct_core.script import Script
-from lct_core.session.archive import Archive
-from lct_core.session.book import FILE, Book, SessionTake, Settings, listed
-from lct_core.session.live import Live
-
-_TAKES, _CACHE, _SCENE = "takes", "cache", "scene"
-
-
-class ShotRow(NamedTuple):
-    """Where one shot of a scene stands.
-
-    Args:
-        shot: Its number, from 1.
-        text: What is to be seen.
-        state: "to do"; "made", but not kept; "kept"; "given"; or "stale", see :attr:`Session.stale`.
-        take: The take that is kept of it, or the present one; None for neither.
-        history: What that take saw.
-        t_c: The level, 0-1000, at which later shots see it.
-    """
-
-    shot: int
-    text: str
-    state: str
-    take: int | None
-    history: tuple[int, ...]
-    t_c: float | None
+from lct_core.session.archive import Archive, check_size
+from lct_core.session.book import CACHE, FILE, SCENE, TAKES, Book, SessionTake, ShotRow, check_new, listed
+from lct_core.session.export import export_scene
+from lct_core.session.live import LiveDirector
+from lct_core.session.settings import Settings
 
 
 class Session:
@@ -67,39 +46,29 @@ class Session:
     are the same: they are always written in a pass of their own.
     """
 
-    def __init__(
-        self, folder: Path, model: SceneModel | Experts, codec: Codec, book: Book, *, budget: Budget | None
-    ) -> None:
+    def __init__(self, folder: Path, model: Denoiser, codec: Codec, book: Book, *, budget: Budget | None) -> None:
         self.folder, self.model, self.codec = folder, model, codec
         self._book = book
-        self._archive = Archive(folder / _TAKES, codec, book.settings)
-        self._live = Live(model, codec, self._archive, folder / _CACHE, budget)
+        self._archive = Archive(folder / TAKES, codec, book.settings)
+        self._live = LiveDirector(model, codec, self._archive, folder / CACHE, budget)
         self._stamp: tuple[int, int] | None = None  # of the file as this session wrote or read it
 
     @classmethod
     def create(
         cls,
         folder: str | Path,
-        model: SceneModel | Experts,
+        model: Denoiser,
         codec: Codec,
         script: Script,
         *,
         size: tuple[int, int, int],
         seed: int = 0,
-        steps: int = 32,
-        shift: float = 1.0,
-        guidance: float = 7.5,
-        negative: str = "",
-        negative_global: str = "",
-        shared_history: bool = False,
-        t_c: float = 100.0,
-        window: int = 9,
         pattern: str = "context_causal",
         fps: float = 12.0,
         reading: Mapping[str, Any] | None = None,
         about: Mapping[str, Any] | None = None,
-        storage: Storage = "native",
-        budget: Budget | None = None,
+        sampling: Sampling | None = None,
+        **options: Unpack[SamplingOptions],
     ) -> Self:
         """Begin a session in a new folder.
 
@@ -110,21 +79,14 @@ class Session:
             script: The global description, and the shots to begin with: more can be added.
             size: Frames, height and width in pixels of what is generated.
             seed: Of all noise.
-            steps: Euler steps of a take (paper, A.2: 32).
-            shift: Of the steps, see :func:`lct_core.generation.schedule` (paper: none, 1).
-            guidance: Scale on the texts (paper, A.2: 7.5); 1 is none.
-            negative: Negative prompt of shots.
-            negative_global: Negative prompt of the global shot.
-            shared_history: Whether both branches of guidance share one history, see :class:`Guidance`.
-            t_c: Level, 0-1000, at which shots are seen by later ones (paper, 4.2: 100-500).
-            window: Most shots in a take and its history, where none is chosen (paper, 4: nine).
             pattern: The attention that the model was tuned with.
             fps: Frames per second of the videos (paper, A.1: 12).
             reading: How given files are read: arguments of :func:`lct_core.data.read_video` (default: as they are).
             about: What else to keep with it, as JSON can say it, to be found again as :attr:`about`.
-            storage: Of keys and values, as :class:`lct_core.KVCache` takes it.
-            budget: Of the keys and values of each branch of guidance; to be told again to :meth:`open`. Files go to
-                the session's own ``cache``, unless it names a folder.
+            sampling: How it generates, with guidance as a scale, None for none (default: a scale of 7.5, and else
+                ``Sampling()``). Its budget is to be told again to :meth:`open`; files of it go to the session's own
+                ``cache``, unless it names a folder.
+            options: Fields of the sampling.
 
         Raises:
             FileExistsError: the folder holds a session, or something else where one keeps its own.
@@ -132,26 +94,14 @@ class Session:
         """
         folder = Path(folder)
         check_new(folder)
-        _check_size(size, codec, name="size")
+        check_size(size, codec, name="size")
+        sampling = Sampling.of(sampling or Sampling(guidance=7.5), options)
         settings = Settings(
-            size=size,
-            seed=seed,
-            steps=steps,
-            shift=shift,
-            guidance=guidance,
-            negative=negative,
-            negative_global=negative_global,
-            shared_history=shared_history,
-            t_c=t_c,
-            window=window,
-            pattern=pattern,
-            fps=fps,
-            reading=dict(reading or {}),
-            storage=storage,
+            size=size, seed=seed, sampling=sampling, pattern=pattern, fps=fps, reading=dict(reading or {})
         )
-        book = Book(script=script, settings=settings, model=identify(model), about=dict(about or {}))
-        session = cls(folder, model, codec, book, budget=budget)
-        session._live.check(book)  # while nothing is written
+        book = Book(script=script, settings=settings, model=model.fingerprint(), about=dict(about or {}))
+        session = cls(folder, model, codec, book, budget=sampling.budget)
+        list(session._live.follow(book).caches)  # refuses what generation does, while nothing is written
         folder.mkdir(parents=True, exist_ok=True)
         session._commit(book)
         return session
@@ -160,7 +110,7 @@ class Session:
     def open(
         cls,
         folder: str | Path,
-        model: SceneModel | Experts,
+        model: Denoiser,
         codec: Codec,
         *,
         budget: Budget | None = None,
@@ -180,7 +130,7 @@ class Session:
         folder = Path(folder)
         book = Book.read(folder)
         try:
-            check_identity(book.model, model)
+            check_fingerprint(book.model, model.fingerprint())
         except ValueError as error:
             raise ValueError(f"{folder}: made with another model: {error}") from error
         session = cls(folder, model, codec, book, budget=budget)
@@ -200,8 +150,7 @@ class Session:
     @property
     def present(self) -> SessionTake | None:
         """The take to be looked at, kept or done again."""
-        number = self._book.state.present
-        return None if number is None else self._book.take(number)
+        return self._book.present
 
     @property
     def chosen(self) -> tuple[int, ...] | None:
@@ -221,7 +170,7 @@ class Session:
     @property
     def next(self) -> int:
         """The first shot that is not kept."""
-        return next(n for n in range(1, self._book.count + 2) if n not in self._book.state.kept)
+        return self._book.next
 
     @property
     def kept(self) -> dict[int, int]:
@@ -244,17 +193,7 @@ class Session:
     @property
     def shots(self) -> list[ShotRow]:
         """Where every shot stands."""
-        book, present = self._book, self.present
-        rows = []
-        for n in range(1, max([book.count, *(present.shots if present else ())]) + 1):
-            take = book.kept(n) if n in book.state.kept else present if present and n in present.shots else None
-            if take is None:
-                rows.append(ShotRow(n, book.script.shots[n - 1].text, "to do", None, (), None))
-                continue
-            state = "made" if n not in book.state.kept else "stale" if n in book.stale else "kept"
-            state = "given" if take.file and state == "kept" else state
-            rows.append(ShotRow(n, take.script_shot(n).text, state, take.number, take.history, take.t_c))
-        return rows
+        return self._book.rows
 
     def generate(
         self,
@@ -416,8 +355,10 @@ class Session:
             OSError: where it can't be written.
         """
         file, text = Path(file), self._book.text(shot, prompt, None)
+        level = self.settings.t_c if t_c is None else t_c
+        check_levels(level)
         frames = self._archive.read(file)
-        _check_size((frames.shape[1], frames.shape[2], frames.shape[3]), self.codec, name=f"file: {file}")
+        check_size((frames.shape[1], frames.shape[2], frames.shape[3]), self.codec, name=f"file: {file}")
         take = SessionTake(
             number=len(self._book.takes) + 1,
             shots=(shot,),
@@ -426,7 +367,7 @@ class Session:
             seen={},
             seed=self.settings.seed,
             draw=0,
-            t_c=_level(self.settings.t_c if t_c is None else t_c),
+            t_c=level,
             cached=True,
             file=file.name,
         )
@@ -435,7 +376,7 @@ class Session:
         self._check_unchanged()
         take = self._archive.give(take, file, latents)
         kept = {**self._book.state.kept, shot: take.number}
-        self._commit(replace(self._book, takes=(*self._book.takes, take)).then(kept=kept, present=take.number))
+        self._commit(self._book.with_take(take, kept=kept, present=take.number))
         return take
 
     def look(self) -> list[Path]:
@@ -467,34 +408,7 @@ class Session:
             FileExistsError: ``out`` holds a scene.
             ValueError: where nothing is kept, or a shot is missing before the last that is.
         """
-        from lct_core.pictures.scene import write_views
-
-        book = self._book
-        last = max(book.state.kept, default=0)
-        if not last or self.next <= last:
-            raise ValueError(
-                f"scene: shot {self.next} is not kept, expected all up to the last; generate it, and keep it"
-            )
-        texts = tuple(book.kept(n).script_shot(n) for n in range(1, last + 1))
-        script = replace(book.script, shots=texts)
-        frames = [self._archive.frames(book.kept(n), n) for n in range(1, last + 1)]
-        own = self.folder / _SCENE
-        folder = own.with_name(f"{_SCENE}.partial") if out is None else Path(out)
-        if out is None:
-            shutil.rmtree(folder, ignore_errors=True)
-        fps = self.settings.fps
-        try:
-            write_scene(folder, VideoScene(script=script, shots=tuple(frames)), fps=fps)
-            views = write_views(folder, [text.text for text in texts], frames, label=f"branch {book.branch}", fps=fps)
-        except BaseException:
-            if out is None:
-                shutil.rmtree(folder, ignore_errors=True)
-            raise
-        if out is None:
-            shutil.rmtree(own, ignore_errors=True)
-            os.replace(folder, own)
-        home = own if out is None else folder
-        return [home, *(home / view.name for view in views)]
+        return export_scene(self._book, self._archive, self.folder / SCENE, None if out is None else Path(out))
 
     def save(self) -> Path | None:
         """Write the keys and values of this branch's history to disk too, so that :meth:`open` need not make them.
@@ -506,15 +420,15 @@ class Session:
             OSError: where they can't be written; nothing else is lost.
         """
         self._check_unchanged()
-        return self.folder / _CACHE if self._live.save(self._book) else None
+        return self.folder / CACHE if self._live.save(self._book) else None
 
     def _make(self, take: SessionTake, callback: Callback | None) -> SessionTake:
         self._check_unchanged()
-        _level(take.t_c)
+        check_levels(take.t_c)
         latents = self._live.shoot(self._book, take, callback)
         self._check_unchanged()  # another session's take of this number is not to be overwritten
         take = self._archive.write(take, latents)
-        self._commit(replace(self._book, takes=(*self._book.takes, take)).then(present=take.number))
+        self._commit(self._book.with_take(take, present=take.number))
         return take
 
     def _kept_again(self, book: Book, n: int) -> Book:
@@ -529,7 +443,7 @@ class Session:
         text = old.script_shot(n)
         take = replace(old, number=len(book.takes) + 1, shots=(n,), texts=(text.text,), cuts=(text.cut,), seen=seen)
         take = self._archive.write(take, {n: self._archive.latents(old, n)})
-        return replace(book, takes=(*book.takes, take)).then(kept={**book.state.kept, n: take.number})
+        return book.with_take(take, kept={**book.state.kept, n: take.number})
 
     def _commit(self, book: Book) -> None:
         self._check_unchanged()
@@ -550,36 +464,3 @@ class Session:
         except FileNotFoundError:
             return None
         return about.st_ino, about.st_mtime_ns
-
-
-def check_new(folder: Path) -> None:
-    """Refuse a folder in which a session would meet another's files.
-
-    Raises:
-        FileExistsError: naming what is in the way.
-    """
-    if (folder / FILE).exists():
-        raise FileExistsError(f"{folder}: already holds a session; go on with that, or choose another folder")
-    if there := [name for name in (_TAKES, _CACHE, _SCENE) if (folder / name).exists()]:
-        raise FileExistsError(
-            f"{folder / there[0]}: is there without a {FILE}, and would be overwritten; choose another folder"
-        )
-
-
-def _check_size(size: tuple[int, int, int], codec: Codec, *, name: str) -> None:
-    """Refuse what the codec can't take, or no video file can hold."""
-    try:
-        codec.latent_shape(*size)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
-    frames, height, width = size
-    if frames > 1 and (height % 2 or width % 2):
-        raise ValueError(f"{name}: got a video of {height} x {width} pixels, expected even ones, as MP4 files need")
-
-
-def _level(t_c: float) -> float:
-    if not 0 <= t_c <= 1000:
-        raise ValueError(
-            f"t_c: got {t_c!r}, expected a level from 0 (clean) to 1000 (noise); the paper uses 100 to 500"
-        )
-    return t_c
