@@ -1,7 +1,8 @@
 """Progress on the console: bars with the time left on a terminal, else a line now and then."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from time import perf_counter
 from typing import Self
 
@@ -45,6 +46,23 @@ class Stages:
     def say(self, line: str) -> None:
         """Print a line above the bars, as it is."""
         self._console.print(line, soft_wrap=True, markup=False)
+
+    def named(self, steps: Mapping[str, int], *, prefix: str = "") -> Callable[[str], Callable[..., None]]:
+        """Stages that begin when they are first asked for.
+
+        Args:
+            steps: Of every stage, by its name.
+            prefix: What the console puts before the name.
+
+        Returns:
+            What :meth:`open` returns, by the stage's name.
+        """
+
+        @cache
+        def stage(name: str) -> Callable[..., None]:
+            return self.open(f"{prefix}{name}", steps[name])
+
+        return stage
 
     def open(self, name: str, steps: int) -> Callable[..., None]:
         """A stage that begins now.

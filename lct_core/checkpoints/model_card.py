@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import nn
 
-from lct_core.backbone.adapter import Backbone
+from lct_core.backbone import Backbone
 from lct_core.checkpoints.factory import call, load
 from lct_core.codec import Codec, LinearCodec, words
 from lct_core.coordinates import Scheme, check_scheme
 from lct_core.data import VideoScene
-from lct_core.plugins.registry import registry
+from lct_core.plugins import registry
 from lct_core.scene_model import SceneModel, retrofit
 
 Source = Mapping[str, Any]

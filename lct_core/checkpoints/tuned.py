@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lct_core.checkpoints.file import load_checkpoint
 from lct_core.checkpoints.model_card import ModelCard
 from lct_core.codec import Codec
 from lct_core.scene_model import SceneModel
-from lct_core.training import load_checkpoint
 
 _WINDOW = 9  # shots, the paper's, where a checkpoint does not say its own
 

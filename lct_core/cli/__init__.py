@@ -1,32 +1,43 @@
-"""The ``lct`` command: one file for each of its commands, and one line here that adds it."""
+"""The ``lct`` command. Help and completion load neither torch nor the library, only a command's work does."""
 
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 
 import click
 
-from lct_core.cli import backbones, bench, conformance, demo, direct, generate, inspect, kernels, plan, tune
-from lct_core.plugins.hooks import PluginError
+from lct_core.cli.group import Group
+
+COMMANDS = {
+    "backbones": "List the backbone families whose models can be retrofitted.",
+    "bench": "Time attention kernels, compare two runs, render results.",
+    "conformance": "Measure what must hold, on your own model.",
+    "demo": "Train, retrofit, tune and generate, in minutes on two cores.",
+    "direct": "Make a scene shot by shot.",
+    "generate": "Generate the scene of a script.",
+    "inspect": "Draw shots, and count what they cost.",
+    "kernels": "List the attention kernels, and why any of them refuses.",
+    "plan": "Say what it takes to generate a scene, before it is generated.",
+    "tune": "Tune a model on a folder of scenes.",
+}
+"""What every command does. Its options are in the module of its name in ``commands``, its work in the one beside."""
 
 
-class _Lct(click.Group):
-    """What the library refuses is the user's to mend, as click's own usage errors are; all say which command it was."""
+class _Lct(Group):
+    """Imports the command that is asked for alone."""
 
-    def invoke(self, ctx: click.Context) -> object:
-        try:
-            return super().invoke(ctx)
-        except (ValueError, OSError, ImportError, PluginError) as error:
-            raise click.UsageError(str(error), self._place(ctx)) from error
-        except click.UsageError as error:
-            error.ctx = error.ctx or self._place(ctx)
-            raise
-
-    def _place(self, ctx: click.Context) -> click.Context:
-        command = self.get_command(ctx, ctx.invoked_subcommand or "")
-        return ctx if command is None else click.Context(command, parent=ctx, info_name=command.name)
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name, command, rest = super().resolve_command(ctx, args)
+        return name, command and import_module(f"lct_core.cli.commands.{name}").command, rest
 
 
-@click.group(cls=_Lct, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=_Lct,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"], "show_default": True},
+)
 @click.version_option(package_name="lct-core", prog_name="lct", message="%(prog)s %(version)s")
 @click.pass_context
 def lct(ctx: click.Context) -> None:
@@ -41,16 +52,8 @@ def lct(ctx: click.Context) -> None:
         click.echo(ctx.get_help())
 
 
-lct.add_command(inspect.command)
-lct.add_command(backbones.command)
-lct.add_command(kernels.command)
-lct.add_command(conformance.command)
-lct.add_command(tune.command)
-lct.add_command(plan.command)
-lct.add_command(generate.command)
-lct.add_command(direct.command)
-lct.add_command(demo.command)
-lct.add_command(bench.command)
+for _name, _summary in COMMANDS.items():
+    lct.add_command(click.Command(_name, short_help=_summary))  # in the place of the one that is yet to be imported
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -8,12 +8,12 @@ from pkgutil import resolve_name
 import torch
 from torch import nn
 
-from lct_core.backbone.adapter import Backbone
-from lct_core.checkpoints.factory import call, current_folder_on_path, load
+from lct_core.backbone import Backbone
+from lct_core.checkpoints.factory import call, load
+from lct_core.cli.user_code import current_folder_on_path
 from lct_core.codec import Codec
 from lct_core.layout import Layout, Shot
-from lct_core.plugins.hooks import BackboneSpec
-from lct_core.plugins.registry import registry
+from lct_core.plugins import BackboneSpec, registry
 from lct_core.script import Script
 
 

@@ -1,30 +1,12 @@
 """``lct backbones``: the installed backbone families."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import click
+from rich.console import Console
 
-from lct_core.plugins.hooks import Support
-from lct_core.plugins.registry import Registry, registry
-
-
-class BackboneRow(NamedTuple):
-    """One line of the table."""
-
-    name: str
-    summary: str
-    handles: tuple[str, ...]
-    builds: bool
-    tested_with: str
-
-
-def backbone_rows(registry: Registry) -> list[BackboneRow]:
-    """What a registry knows of its backbones; no model library is imported."""
-    return [
-        BackboneRow(spec.name, spec.summary, spec.handles, spec.build is not None, spec.tested_with)
-        for spec in registry.backbones.values()
-    ]
+from lct_core.cli.tables import table
+from lct_core.plugins import Registry, Support, registry
 
 
 def support_table(registry: Registry) -> str:
@@ -40,27 +22,15 @@ def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]
     return [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)]
 
 
-@click.command("backbones")
-@click.option("--support", is_flag=True, help="Print what is served in detail, and what is refused, as Markdown.")
-def command(support: bool) -> None:
-    """List the backbone families whose models can be retrofitted.
-
-    \b
-    Example:
-      lct backbones --support
-    """
+def run(*, support: bool) -> None:
+    """Print the backbone families, or what of them is served and refused; no model library is imported."""
     if support:
         click.echo(support_table(registry()))
         return
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("name", no_wrap=True)
-    table.add_column("what it is")
-    table.add_column("model classes", no_wrap=True)
-    for row in backbone_rows(registry()):
-        notes = [*(["(can build one)"] if row.builds else []), *([f"({row.tested_with})"] if row.tested_with else [])]
-        table.add_row(row.name, row.summary, "\n".join([*(full.rpartition(".")[2] for full in row.handles), *notes]))
-    Console(highlight=False).print(table)
+    made = table("name", "what it is", "model classes", gap=2)
+    made.columns[2].no_wrap = True
+    for spec in registry().backbones.values():
+        classes = [full.rpartition(".")[2] for full in spec.handles]
+        notes = [f"({note})" for note in ("can build one" if spec.build else "", spec.tested_with) if note]
+        made.add_row(spec.name, spec.summary, "\n".join(classes + notes))
+    Console(highlight=False).print(made)

@@ -1,43 +1,30 @@
 """``lct generate``: a scene from a script and a model that ``lct tune`` made."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
+from math import lcm
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from lct_core import generation
-from lct_core.backbone.inputs import ShotInput
-from lct_core.cache import Budget, KVCache, Storage
-from lct_core.checkpoints.factory import current_folder_on_path, own_code
-from lct_core.checkpoints.model_card import ModelCard
-from lct_core.checkpoints.tuned import Tuned
-from lct_core.cli.options import (
-    COUNT,
-    LEVEL,
-    budget,
-    device,
-    sampling,
-    seed,
-    seeded,
-    storage,
-    tiers,
-    video,
-    within_memory,
-)
-from lct_core.cli.tuned import Size, check_free, check_size, parse_size
+from lct_core.cache import Budget, Storage
+from lct_core.checkpoints import ModelCard, Tuned
+from lct_core.cli.machine import seeded, usable, within_memory
+from lct_core.cli.sampling import Size, parse_size, sampling_of
+from lct_core.cli.user_code import current_folder_on_path, own_code
 from lct_core.codec import Codec
-from lct_core.data import VideoScene, read_image, read_video, write_scene
-from lct_core.data.scenes import is_video
+from lct_core.data import VideoScene, write_scene
+from lct_core.data.scenes import read_clip
 from lct_core.pictures.scene import write_views
-from lct_core.scene_model import SceneModel
-from lct_core.script import Script, read_script
+from lct_core.progress import Stages
+from lct_core.script import read_script
+from lct_core.session.archive import check_size
 
-_MODES = ("joint", "conditional", "autoregressive", "causal")
 _LESS_MEMORY = "choose a smaller --size or --window, add --bf16, or with --mode causal set --storage or --on-device"
 
 
@@ -48,114 +35,71 @@ class _Given(NamedTuple):
     frames: Tensor
 
 
-@click.command("generate", short_help="Generate the scene of a script.")
-@click.argument("script", type=click.Path(path_type=Path))
-@click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.option(
-    "--out",
-    type=click.Path(file_okay=False, path_type=Path),
-    default=Path("runs/generate"),
-    show_default=True,
-    help="Folder for script.txt, the shots, scene.mp4 and contact_sheet.png.",
-)
-@click.option(
-    "--mode",
-    type=click.Choice(_MODES),
-    help="All shots at once; the same from given ones; shot after shot; the same through the KV cache.  "
-    "[default: causal for a context-causal model; for another joint, or conditional with --given]",
-)
-@click.option(
-    "--given",
-    metavar="SHOT=FILE",
-    multiple=True,
-    help="A video or image that is shot SHOT, counted from 1; can be repeated.",
-)
-@sampling
-@click.option(
-    "--t-c",
-    type=LEVEL,
-    help="Noise level of given and of earlier shots, 0 to 1000.  [default: 100]",
-)
-@click.option(
-    "--window",
-    type=COUNT,
-    help="Shot after shot: most shots that are seen, the current one counted.  [default: as many as in training]",
-)
-@video
-@storage
-@tiers
-@device
-@seed
-def command(
+def run(
+    *,
     script: Path,
     checkpoint: Path,
     out: Path,
     mode: str | None,
     given: tuple[str, ...],
-    guidance: float,
-    negative: str,
-    negative_global: str,
     t_c: float | None,
     window: int | None,
     size: str | None,
     fps: float | None,
     bf16: bool,
     storage: Storage,
-    on_device: float | None,
-    on_host: float | None,
-    cache_folder: Path | None,
-    device: torch.device,
+    device: str,
     seed: int,
-    **numbers: Any,
+    **fields: Any,
 ) -> None:
-    """Generate the scene of SCRIPT with CHECKPOINT, a file that lct tune or lct demo wrote.
-
-    Writes a scene folder, so that what was generated can be given again, with scene.mp4 and contact_sheet.png.
-
-    \b
-    Examples:
-      lct generate script.txt runs/tune/bidirectional.pt --out runs/scene
-      lct generate script.txt runs/tune/bidirectional.pt --given 1=hero.png --given 2=place.mp4
-      lct generate script.txt runs/tune/causal.pt --t-c 300
-    """
+    """Generate a scene and write it; the arguments are the command's."""
+    where = usable(device)
     read = read_script(script)
-    check_free(out)
+    if (out / "script.txt").exists() or any(out.glob("shot_*")):
+        raise FileExistsError(f"{out}: already holds a scene, so it is left alone; choose another --out")
     tuned = Tuned.load(checkpoint)
     card, pattern, trained = tuned.card, tuned.pattern, tuned.window
     clips = _clips(given, shots=len(read.shots), reading=card.reading)
     mode = _mode(mode, given=clips, pattern=pattern, checkpoint=checkpoint)
-    near = budget(on_device, on_host, cache_folder)
-    _check_used(mode, t_c=t_c, window=window, storage=storage, near=near)
+    sampling = sampling_of(t_c=t_c, window=window or trained, storage=storage, **fields)
+    _check_used(mode, t_c=t_c, window=window, storage=storage, near=sampling.budget)
     if mode in ("joint", "conditional") and len(read.shots) > trained:
         click.echo(f"note: {len(read.shots)} shots at once; the model was trained on at most {trained}", err=True)
     with (
         current_folder_on_path(),
         own_code(card.factory),
-        within_memory(device, fix=_LESS_MEMORY),
+        within_memory(where, fix=_LESS_MEMORY),
         seeded(seed),  # a codec may sample
         torch.no_grad(),
     ):
-        model, codec = tuned.build(device)
+        model, codec = tuned.build(where)
         sizes = _sizes(size, clips, card, codec, shots=len(read.shots))
         dtype = next(model.backbone.parameters()).dtype
-        scene = generation.start_scene(read, codec, sizes, seed=seed, device=device, dtype=dtype)
+        scene = generation.start_scene(read, codec, sizes, seed=seed, device=where, dtype=dtype)
         first = len(scene) - len(read.shots)  # a global shot comes before
-        latents = {first + i: codec.encode(clip.frames)[None].to(device) for i, clip in clips.items()}
-        texts = generation.negative_texts(codec, shot=negative, overall=negative_global)
-        numbers |= {
-            "guidance": generation.Guidance(scale=guidance, **texts),
-            "seed": seed,
-            "t_c": 100.0 if t_c is None else t_c,
-            "window": window or trained,
-            "new_cache": partial(KVCache, storage=storage, budget=near),
-        }
+        latents = {first + i: codec.encode(clip.frames)[None].to(where) for i, clip in clips.items()}
+        sampling = sampling.encoded(codec)
         out.mkdir(parents=True, exist_ok=True)  # before hours are spent on what goes there
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            result = _run(mode, model, scene, latents, pattern=pattern, **numbers)
+        make = generation.conditional if mode == "joint" else getattr(generation, mode)
+        own: dict[str, Any] = {} if mode == "causal" else {"pattern": pattern}
+        assert isinstance(sampling.steps, int)  # the option's
+        steps = sampling.steps
+        if mode in ("autoregressive", "causal"):
+            own["seed"] = seed
+            steps *= len(read.shots) - len(clips)
+        with (
+            torch.autocast(where.type, torch.bfloat16, enabled=bf16),
+            Stages(Console(highlight=False)) as progress,
+            progress(f"generate, {mode}", steps) as advance,
+        ):
+            result = make(model, scene, latents, callback=lambda _: advance(), sampling=sampling, **own)
         frames = [codec.decode(z[0].cpu()).float().cpu().clamp(0, 1) for z in result if z is not None]
     for i, clip in clips.items():
         frames[i] = clip.frames
-    _write(out, read, frames, mode=mode, fps=fps or card.fps)
+    rate = fps or card.fps
+    write_scene(out, VideoScene(script=read, shots=tuple(frames)), fps=rate)
+    views = write_views(out, [shot.text for shot in read.shots], frames, label=mode, fps=rate)
+    click.echo("\n".join(map(str, [out, *views])))
 
 
 def _clips(given: Sequence[str], *, shots: int, reading: Mapping[str, Any]) -> dict[int, _Given]:
@@ -168,11 +112,7 @@ def _clips(given: Sequence[str], *, shots: int, reading: Mapping[str, Any]) -> d
         i, file = int(match[1]) - 1, Path(match[2])
         if i in clips:
             raise ValueError(f"--given: got shot {i + 1} twice, expected each once")
-        if is_video(file):
-            frames = read_video(file, **reading)
-        else:
-            frames = read_image(file, area=reading["area"], multiple=reading["multiple"])
-        clips[i] = _Given(file, frames)
+        clips[i] = _Given(file, read_clip(file, **reading))
     if len(clips) == shots:
         raise ValueError(f"--given: all {shots} shots are given, expected at least one left to generate")
     return clips
@@ -222,52 +162,11 @@ def _sizes(size: str | None, given: Mapping[int, _Given], card: ModelCard, codec
     """Frames, height and width of every shot; refused where the codec cannot take them, or no file can hold them."""
     sizes = [parse_size(size, card.size)] * shots
     for i in range(shots):
-        option, fix = "--size", "choose another size, for example"
+        name, fix = "--size", "choose another size, for example"
         if i in given:
             frames, height, width = given[i].frames.shape[1:]
             sizes[i] = frames, height, width
-            option = f"--given: {given[i].file}, of {frames} x {height} x {width} as it is read"
+            name = f"--given: {given[i].file}, of {frames} x {height} x {width} as it is read"
             fix = "crop or scale the file, for example to"
-        check_size(sizes[i], card, codec, option=option, fix=fix)
+        check_size(sizes[i], codec, name=name, fix=f"; {fix} multiples of {lcm(2, card.multiple)}")
     return sizes
-
-
-def _run(
-    mode: str,
-    model: SceneModel,
-    scene: Sequence[ShotInput],
-    given: Mapping[int, Tensor],
-    *,
-    pattern: str,
-    window: int,
-    seed: int,
-    steps: int,
-    shift: float,
-    new_cache: Callable[..., KVCache],
-    **numbers: Any,
-) -> list[Tensor | None]:
-    """The latents of every shot."""
-    from rich.console import Console
-
-    from lct_core.progress import Stages
-
-    shots = sum(shot.role != "global" for shot in scene) - len(given)
-    loops = 1 if mode in ("joint", "conditional") else shots
-    with Stages(Console(highlight=False)) as progress, progress(f"generate, {mode}", loops * steps) as advance:
-        common = {"steps": generation.schedule(steps, shift=shift), "callback": lambda _: advance(), **numbers}
-        if mode == "causal":
-            common |= {"history": generation.recent(window), "seed": seed, "new_cache": new_cache}
-            return generation.causal(model, scene, given, **common)
-        common["pattern"] = pattern
-        if mode == "autoregressive":
-            return generation.autoregressive(
-                model, scene, given, history=generation.recent(window), seed=seed, **common
-            )
-        return generation.conditional(model, scene, given, **common)
-
-
-def _write(out: Path, script: Script, frames: Sequence[Tensor], *, mode: str, fps: float) -> None:
-    """Write a scene folder, a contact sheet and, where all shots are of one size, one video; say where they are."""
-    write_scene(out, VideoScene(script=script, shots=tuple(frames)), fps=fps)
-    views = write_views(out, [shot.text for shot in script.shots], frames, label=mode, fps=fps)
-    click.echo("\n".join(map(str, [out, *views])))

@@ -3,61 +3,33 @@
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
 
 import click
 import torch
 from click.core import ParameterSource
+from rich.console import Console
+from rich.table import Table
 
-from lct_core.backbone.adapter import Backbone
-from lct_core.checkpoints.factory import own_code
+from lct_core.backbone import Backbone
 from lct_core.cli import options
 from lct_core.cli.asked import adapter_of, as_taken, refuse, script_layout
-from lct_core.cli.inspect import short
+from lct_core.cli.kernel_rows import KernelRow, auto_choice, kernel_rows
 from lct_core.cli.shots import EXAMPLE, parse_shots
-from lct_core.cli.tables import table
+from lct_core.cli.tables import short, table
+from lct_core.cli.user_code import own_code
 from lct_core.layout import Layout
 from lct_core.patterns import bidirectional, context_causal, own_and_global_text
 from lct_core.plan import AttentionPlan
-from lct_core.plugins.hooks import KernelRequest, PluginError
-from lct_core.plugins.registry import Registry, registry
+from lct_core.plugins import KernelRequest, registry
 from lct_core.script import read_script
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
-_USES = {
+USES = {
     "bidirectional": "all shots at once",
     "context_causal": "tuning such that no shot sees a later one",
     "cached": "generating the last shot behind the KV cache of those before",
     "text": "cross-attention to a shot's own prompt and the global one",
 }
 _WITH_GRADIENTS = ("context_causal", "text")  # unless asked otherwise
-
-
-class KernelRow(NamedTuple):
-    """A kernel's answer to a request; ``rank`` is None for one that must be asked for by name."""
-
-    name: str
-    rank: int | None
-    refusals: list[str]
-
-
-def kernel_rows(registry: Registry, request: KernelRequest) -> list[KernelRow]:
-    """A registry's kernels in the order that ``kernel="auto"`` follows, each with its reasons to refuse a request."""
-    rows = []
-    for name, rank in registry.ranks(request).items():
-        try:
-            refusals = registry.refusals(name, request)
-        except PluginError as error:
-            refusals = [str(error)]
-        rows.append(KernelRow(name, rank, refusals))
-    return rows
-
-
-def auto_choice(rows: Sequence[KernelRow]) -> str | None:
-    """The kernel that ``kernel="auto"`` takes; None where all refuse."""
-    return next((row.name for row in rows if row.rank is not None and not row.refusals), None)
 
 
 def scene_plans(layout: Layout, *, cross: bool) -> dict[str, AttentionPlan]:
@@ -86,30 +58,9 @@ def scene_plans(layout: Layout, *, cross: bool) -> dict[str, AttentionPlan]:
         raise ValueError(f"SHOT: {error}") from error
 
 
-@click.command("kernels", short_help="List the attention kernels, and why any of them refuses.")
-@click.argument("shots", metavar="[SHOT ...]", nargs=-1)
-@click.option(
-    "--script",
-    type=click.Path(path_type=Path),
-    help="A script file, instead of SHOTs; with --size, --text and a model.",
-)
-@click.option("--size", metavar="FxHxW", help="Latent frames, height and width of every shot of the script.")
-@click.option("--text", type=options.COUNT, metavar="TOKENS", help="Text tokens of every prompt of the script.")
-@click.option("--backbone", metavar="NAME", help="A family of lct backbones, at its usual size.")
-@click.option(
-    "--model", metavar="MODULE:FACTORY", help="Your own: a function that returns what it does for lct tune, or less."
-)
-@click.option("--pattern", type=click.Choice([*_USES]), help="One pattern alone.  [default: all there are]")
-@click.option(
-    "--grad/--no-grad",
-    default=None,
-    help="Whether gradients are needed.  [default: in context_causal and text; never in cached]",
-)
-@options.heads
-@click.option("--device", help="Where attention runs, e.g. cpu or cuda.  [default: cuda where there is one, else cpu]")
-@click.pass_context
-def command(
+def run(
     ctx: click.Context,
+    *,
     shots: tuple[str, ...],
     script: Path | None,
     size: str | None,
@@ -124,19 +75,7 @@ def command(
     dtype: str,
     device: str | None,
 ) -> None:
-    """List the attention kernels: which one kernel="auto" takes for a scene, which others serve it, why any refuses.
-
-    A SHOT is written as for lct inspect, in tokens; without one, that command's example is taken. A backbone or model
-    says how many heads there are, unless --heads, --kv-heads or --head-dim do, and where its text goes.
-
-    \b
-    Examples:
-      lct kernels --dtype float32
-      lct kernels global:20:1x6x6 12:4x6x6 8:2x6x6 --backbone hunyuan_video
-      lct kernels --script script.txt --size 21x60x104 --text 512 --backbone wan
-    """
-    from rich.console import Console
-
+    """Print which kernels serve a scene; the arguments are the command's."""
     with own_code(model):
         adapter, _ = adapter_of(backbone, model)
         cross = adapter is not None and adapter.traits.text == "cross"
@@ -163,7 +102,7 @@ def command(
         name: KernelRequest(
             plan=plans[name],
             device=_device(device),
-            dtype=options.DTYPES[dtype],
+            dtype=getattr(torch, dtype),
             heads=heads,
             kv_heads=options.check_kv_heads(heads, kv_heads),
             head_dim=head_dim,
@@ -174,10 +113,11 @@ def command(
     answers = {name: kernel_rows(registry(), request) for name, request in requests.items()}
     console = Console(highlight=False, markup=False, emoji=False)  # a reason may name an extra: lct-core[xformers]
     console.print(_scene(layout, requests[patterns[0]], adapter), _plan_table(requests, answers), sep="\n")
-    console.print(_lines({f"{name}:": _USES[name] for name in patterns}), _kernel_table(answers), sep="\n")
-    if reasons := _reasons(answers):
+    kernel_table, reasons = _kernel_table(answers)
+    console.print(_lines({f"{name}:": USES[name] for name in patterns}), kernel_table, sep="\n")
+    if reasons:
         console.print(_lines({str(number): reason for reason, number in reasons.items()}), "", sep="\n")
-    console.print(_lines({name: registry().kernels[name].summary for name in _by_kernel(answers)}))
+    console.print(_lines({row.name: registry().kernels[row.name].summary for row in answers[patterns[0]]}))
 
 
 def _heads(ctx: click.Context, adapter: Backbone) -> tuple[int, int, int]:
@@ -208,7 +148,7 @@ def _scene(layout: Layout, request: KernelRequest, adapter: Backbone | None) -> 
     return f"{words}\n{dtype} on {where}, {heads}"
 
 
-def _plan_table(requests: Mapping[str, KernelRequest], answers: Mapping[str, Sequence[KernelRow]]) -> "Table":
+def _plan_table(requests: Mapping[str, KernelRequest], answers: Mapping[str, Sequence[KernelRow]]) -> Table:
     made = table("pattern", "grad", "queries", "keys", "pairs", "form", "auto")
     for column in made.columns[2:5]:
         column.justify = "right"
@@ -220,40 +160,27 @@ def _plan_table(requests: Mapping[str, KernelRequest], answers: Mapping[str, Seq
     return made
 
 
-def _kernel_table(answers: Mapping[str, Sequence[KernelRow]]) -> "Table":
-    reasons = _reasons(answers)
-    choices = [auto_choice(rows) for rows in answers.values()]
+def _kernel_table(answers: Mapping[str, Sequence[KernelRow]]) -> tuple[Table, dict[str, int]]:
+    """The kernels in the order of the first pattern; and every reason once, numbered from 1 down the table."""
+    reasons: dict[str, int] = {}
     made = table("kernel", *answers)
-    for name, rows in _by_kernel(answers).items():
+    for first in next(iter(answers.values())):
         cells = []
-        for row, choice in zip(rows, choices, strict=True):
+        for rows in answers.values():
+            row = next(row for row in rows if row.name == first.name)
             if row.refusals:
-                cells.append("refused: " + ", ".join(str(reasons[reason]) for reason in row.refusals))
+                numbers = [reasons.setdefault(reason, len(reasons) + 1) for reason in row.refusals]
+                cells.append("refused: " + ", ".join(map(str, numbers)))
             elif row.rank is None:
                 cells.append("by name")
             else:
-                cells.append("auto" if name == choice else "available")
-        made.add_row(name, *cells)
-    return made
+                cells.append("auto" if row.name == auto_choice(rows) else "available")
+        made.add_row(first.name, *cells)
+    return made, reasons
 
 
-def _by_kernel(answers: Mapping[str, Sequence[KernelRow]]) -> dict[str, list[KernelRow]]:
-    """The answers of every kernel, in the order of the first pattern."""
-    names = [row.name for row in next(iter(answers.values()))]
-    return {name: [row for rows in answers.values() for row in rows if row.name == name] for name in names}
-
-
-def _reasons(answers: Mapping[str, Sequence[KernelRow]]) -> dict[str, int]:
-    """Every reason once, numbered from 1 down the table."""
-    rows = (row for of_kernel in _by_kernel(answers).values() for row in of_kernel)
-    reasons = dict.fromkeys(reason for row in rows for reason in row.refusals)
-    return {reason: number for number, reason in enumerate(reasons, start=1)}
-
-
-def _lines(words: Mapping[str, str]) -> "Table":
+def _lines(words: Mapping[str, str]) -> Table:
     """Words behind their names, side by side and without a heading."""
-    from rich.table import Table
-
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True)
     for name, said in words.items():

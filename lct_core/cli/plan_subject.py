@@ -2,26 +2,26 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from math import lcm
 from typing import NamedTuple
 
 import torch
 
 from lct_core import generation
-from lct_core.backbone.adapter import Backbone
-from lct_core.backbone.inputs import ShotInput
-from lct_core.checkpoints.tuned import Tuned
-from lct_core.cli import options
+from lct_core.backbone import Backbone, ShotInput
+from lct_core.checkpoints import Tuned
 from lct_core.cli.asked import as_taken, refuse, script_layout
-from lct_core.cli.tuned import check_size, parse_size
+from lct_core.cli.sampling import parse_size
 from lct_core.codec import Codec
 from lct_core.cost import Meter, Mode, example
 from lct_core.engine.scene import with_dummy_video
 from lct_core.engine.visibility import TextScope
-from lct_core.generation import Guidance
+from lct_core.generation import Guidance, Sampling
 from lct_core.layout import Shot
 from lct_core.noise import shot_noise
 from lct_core.scene_model import SceneModel, retrofit
 from lct_core.script import Script
+from lct_core.session.archive import check_size
 
 
 class Subject(NamedTuple):
@@ -33,7 +33,7 @@ class Subject(NamedTuple):
         scene: The shots' token counts.
         negative: The same with the negative prompts; None without guidance.
         inputs: The shots, where the model has weights.
-        guidance: The negative prompts; None without guidance.
+        sampling: How it is generated, the negative prompts encoded where the model has weights.
         pattern: Who sees whom where the history is run again.
     """
 
@@ -42,7 +42,7 @@ class Subject(NamedTuple):
     scene: list[Shot]
     negative: list[Shot] | None
     inputs: list[ShotInput]
-    guidance: Guidance | None
+    sampling: Sampling
     pattern: str = "bidirectional"
 
     def given(self, mode: Mode) -> tuple[int, ...]:
@@ -58,8 +58,7 @@ class Wanted(NamedTuple):
         script: The script, as long as it is to be.
         size: ``--size``.
         text: ``--text``.
-        guidance: Whether with guidance.
-        shared_history: Whether both branches of guidance share their history.
+        sampling: How it is to be generated.
         dtype: Of the weights; None as they are.
         device: Where the model runs.
         seed: Of noise and random prompts.
@@ -68,15 +67,10 @@ class Wanted(NamedTuple):
     script: Script
     size: str | None
     text: int | None
-    guidance: bool
-    shared_history: bool
+    sampling: Sampling
     dtype: str | None
     device: torch.device
     seed: int
-
-    def negative(self, **texts: object) -> Guidance | None:
-        """Guidance with these negative prompts, where it is wanted."""
-        return Guidance(**texts, shared_history=self.shared_history) if self.guidance else None  # type: ignore[arg-type]
 
 
 def of_checkpoint(tuned: Tuned, wanted: Wanted) -> Subject:
@@ -87,7 +81,8 @@ def of_checkpoint(tuned: Tuned, wanted: Wanted) -> Subject:
     """
     model, codec = tuned.build(wanted.device)
     pixels = parse_size(wanted.size, tuned.card.size)
-    check_size(pixels, tuned.card, codec, option="--size", fix="choose another size, for example")
+    even = lcm(2, tuned.card.multiple)
+    check_size(pixels, codec, name="--size", fix=f"; choose another size, for example multiples of {even}")
     subject = _of_codec(model, codec, pixels, wanted)
     return subject._replace(pattern="context_causal" if tuned.pattern == "context_causal" else "bidirectional")
 
@@ -120,27 +115,32 @@ def of_model(adapter: Backbone, codec: Codec | None, wanted: Wanted, *, asking: 
             raise ValueError(f"--size: {error}") from error
         return _of_codec(model, codec, pixels, wanted)
     if wanted.dtype is not None:
-        adapter.cast(options.DTYPES[wanted.dtype])
+        adapter.cast(getattr(torch, wanted.dtype))
     layout = script_layout(lambda: wanted.script, wanted.size, wanted.text, adapter, asking=asking)
     counts = [*as_taken(adapter, layout, given=None).shots]
     if without_weights:
-        return Subject(Meter(adapter, text=scope), None, counts, counts if wanted.guidance else None, [], None)
+        negative = None if wanted.sampling.guidance is None else counts
+        return Subject(Meter(adapter, text=scope), None, counts, negative, [], wanted.sampling)
     model = retrofit(adapter.model, backbone=adapter, text=scope)
     scene = [_noise(adapter, shot, i, wanted.seed).to(wanted.device) for i, shot in enumerate(counts)]
     prompt = {name: x for name, x in scene[-1].extras.items() if adapter.traits.extras[name].prompt}
-    return _subject(model, scene, wanted.negative(text=scene[-1].text, extras=prompt))
+    sampling = wanted.sampling
+    if sampling.guidance is not None:
+        guidance = Guidance(text=scene[-1].text, extras=prompt, shared_history=sampling.shared_history)
+        sampling = replace(sampling, guidance=guidance)
+    return _subject(model, scene, sampling)
 
 
 def _of_codec(model: SceneModel, codec: Codec, pixels: tuple[int, int, int], wanted: Wanted) -> Subject:
     refuse({"--text": wanted.text}, "with a codec, which encodes the prompts", "leave it out")
     if wanted.dtype is not None:
-        model.adapter.cast(options.DTYPES[wanted.dtype])
+        model.adapter.cast(getattr(torch, wanted.dtype))
     dtype = next(model.backbone.parameters()).dtype
     scene = generation.start_scene(wanted.script, codec, pixels, seed=wanted.seed, device=wanted.device, dtype=dtype)
-    return _subject(model, scene, wanted.negative(**generation.negative_texts(codec)))
+    return _subject(model, scene, wanted.sampling.encoded(codec))
 
 
-def _subject(model: SceneModel, scene: list[ShotInput], guidance: Guidance | None) -> Subject:
+def _subject(model: SceneModel, scene: list[ShotInput], sampling: Sampling) -> Subject:
     adapter = model.adapter
 
     def counts(shots: Sequence[ShotInput]) -> list[Shot]:
@@ -151,8 +151,9 @@ def _subject(model: SceneModel, scene: list[ShotInput], guidance: Guidance | Non
             for shot in with_dummy_video(shots, adapter)
         ]
 
+    guidance = sampling.on_texts
     negative = None if guidance is None else counts(guidance.negative(scene, adapter.traits))
-    return Subject(Meter(model), model, counts(scene), negative, scene, guidance)
+    return Subject(Meter(model), model, counts(scene), negative, scene, sampling)
 
 
 def _noise(adapter: Backbone, shot: Shot, i: int, seed: int) -> ShotInput:

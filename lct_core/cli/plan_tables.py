@@ -1,33 +1,19 @@
 """What ``lct plan`` prints."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 import torch
+from rich.table import Table
 
 from lct_core.cache import Tier
-from lct_core.cli.inspect import short
+from lct_core.cli.plan_kernels import Kernels
 from lct_core.cli.plan_subject import Subject
-from lct_core.cli.tables import table
-from lct_core.cost import Mode, Plan
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from lct_core.cli.tables import short, table
+from lct_core.cost import Mode, Plan, Throughput
 
 
-class Kernels(NamedTuple):
-    """The kernels of a mode.
-
-    Args:
-        chosen: Those asked for, with the seconds that the mode takes with each, where that is known.
-        serving: All that serve it.
-    """
-
-    chosen: Mapping[str, float | None]
-    serving: Sequence[str]
-
-
-class Kept(NamedTuple):
+class CacheChoice(NamedTuple):
     """One way to keep the history.
 
     Args:
@@ -54,13 +40,13 @@ def heading(subject: Subject, device: torch.device, measured_with: str | None) -
     return f"{words}\n{type(adapter.model).__name__} of {weights}, {dtype}, on {device}\ntimes: {times}"
 
 
-def modes_table(plans: Mapping[Mode, Plan], kernels: Mapping[Mode, Kernels]) -> "Table":
-    """A row for every mode and kernel."""
+def modes_table(plans: Mapping[Mode, Plan], kernels: Mapping[Mode, Kernels], known: Mapping[str, Throughput]) -> Table:
+    """A row for every mode and kernel; times where the throughput with the kernel is known."""
     columns = "tokens", "operations", "in attention", "cache", "activations", "memory", "time"
     made = table("mode", *columns, numbers=True)
     made.add_column("kernel")
     for mode, found in plans.items():
-        for name, seconds in kernels[mode].chosen.items():
+        for name, asked in kernels[mode].chosen.items():
             made.add_row(
                 mode,
                 f"{short(found.tokens).strip()}",
@@ -69,7 +55,7 @@ def modes_table(plans: Mapping[Mode, Plan], kernels: Mapping[Mode, Kernels]) -> 
                 in_bytes(found.peak_cache),
                 in_bytes(found.activations),
                 in_bytes(found.peak),
-                in_time(seconds),
+                in_time(known[asked].seconds(found.cost) if asked in known else None),
                 name,
             )
     return made
@@ -89,7 +75,7 @@ def serving(kernels: Mapping[Mode, Kernels]) -> str:
     return "\n".join(f"kernels that serve {', '.join(of)}: {names}" for names, of in modes.items())
 
 
-def cache_table(ways: Sequence[Kept]) -> "Table":
+def cache_table(ways: Sequence[CacheChoice]) -> Table:
     """How the history may be kept, and what that takes."""
     plans = [way.plan for way in ways if way.plan is not None]
     tiers = [tier for tier in get_args(Tier) if any(plan.cache[tier] for plan in plans)]
@@ -113,7 +99,7 @@ def cache_table(ways: Sequence[Kept]) -> "Table":
     return made
 
 
-def takes_table(mode: Mode, found: Plan) -> "Table":
+def takes_table(mode: Mode, found: Plan) -> Table:
     """A mode, take by take."""
     made = table(mode, "tokens", "seen in cache", "operations", "in attention", "its cache", "time", numbers=True)
     for take in found.takes:

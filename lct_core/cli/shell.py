@@ -2,44 +2,26 @@
 
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import click
 import torch
+from rich.console import Console
 
-from lct_core.checkpoints.factory import own_code
-from lct_core.cli.options import within_memory
+from lct_core.cli.machine import within_memory
+from lct_core.cli.shell_words import WORDS, read_history, read_name, read_nothing, read_shots, read_wish
+from lct_core.cli.tables import table
+from lct_core.cli.user_code import own_code
 from lct_core.generation.euler import Callback
+from lct_core.progress import Stages
 from lct_core.session import Session, SessionTake
 from lct_core.session.book import listed
-
-if TYPE_CHECKING:  # rich comes with the first thing to print
-    from rich.console import Console
 
 LESS_MEMORY = (
     "choose a shorter history, less of it --on-device, or begin a session with a smaller --size, with --bf16 or with "
     "--storage int8"
 )
-
-# What may follow generate: a value, if it takes one, and what it means.
-_WORDS = {
-    "from": ("1 3 | none | recent", "what it sees: shots in this order, none, or the last that fit the window"),
-    "prompt": ('"..."', "what is to be seen, in place of what the script says"),
-    "seed": ("7", "of the noise"),
-    "t_c": ("300", "noise level, 0 to 1000, at which later shots see it"),
-    "continues": ("", "goes on from the shot before, without a cut"),
-    "cut": ("", "begins with a cut, where the script has none"),
-    "recompute": ("", "runs what it sees again in every step, in place of the KV cache"),
-}
-
-
-class _Wish(NamedTuple):
-    """What ``generate`` is asked for: the shots, and arguments of :meth:`Session.generate`."""
-
-    shots: tuple[int, ...]
-    arguments: dict[str, Any]
 
 
 class Shell:
@@ -52,7 +34,7 @@ class Shell:
         factory: Whose code it is, see :func:`own_code`.
     """
 
-    def __init__(self, session: Session, console: "Console", *, device: torch.device, factory: str | None) -> None:
+    def __init__(self, session: Session, console: Console, *, device: torch.device, factory: str | None) -> None:
         self._session, self._console, self._device, self._factory = session, console, device, factory
         self._commands: dict[str, tuple[str, Callable[[list[str]], None]]] = {
             "generate": (
@@ -132,13 +114,13 @@ class Shell:
         return self._commands[found[0]][1]
 
     def _generate(self, words: list[str]) -> None:
-        wish = _wish(words)
+        wish = read_wish(words)
         with self._making(f"steps of {listed(wish.shots or (self._session.next,))}") as callback:
             take = self._session.generate(*wish.shots, **wish.arguments, callback=callback)
         self._made(take)
 
     def _redo(self, words: list[str]) -> None:
-        wish = _wish(words, ("seed",))
+        wish = read_wish(words, ("seed",))
         with self._making("steps of another take") as callback:
             take = self._session.redo(**wish.arguments, callback=callback)
         self._made(take)
@@ -146,8 +128,6 @@ class Shell:
     @contextmanager
     def _making(self, name: str) -> Iterator[Callback]:
         """Progress of a take."""
-        from lct_core.progress import Stages
-
         with Stages(self._console) as progress, progress(name, self._session.settings.steps) as advance:
             yield lambda _: advance()
 
@@ -157,7 +137,7 @@ class Shell:
         self._stale()
 
     def _keep(self, words: list[str]) -> None:
-        shots = _numbers(words)
+        shots = read_shots(words)
         self._session.keep(*shots)
         present, kept = self._session.present, self._session.kept
         of_take = present.shots if present and not shots else ()
@@ -167,55 +147,45 @@ class Shell:
     def _history(self, words: list[str]) -> None:
         if not words:
             raise ValueError("history: expected shots, such as 1 3; none; or recent, the last that fit the window")
-        chosen = _history(words)
+        chosen = read_history(words)
         self._session.history(None if chosen == "recent" else chosen)
-        self._say(f"the next takes see {self._chosen()}")
-
-    def _chosen(self) -> str:
-        """What takes see, in words."""
-        chosen = self._session.chosen
-        return "the last shots that fit the window" if chosen is None else listed(chosen)
+        seen = self._session.chosen
+        self._say(f"the next takes see {'the last shots that fit the window' if seen is None else listed(seen)}")
 
     def _look(self, words: list[str]) -> None:
-        _nothing(words)
+        read_nothing(words)
         self._say("\n".join(f"  {path}" for path in self._session.look()))
 
     def _give(self, words: list[str]) -> None:
         if len(words) < 2 or not words[0].isdecimal():
             raise ValueError("give: expected a shot and a file, such as 2 hero.png")
-        wish = _wish(words[2:], ("prompt", "t_c"))
+        wish = read_wish(words[2:], ("prompt", "t_c"))
         take = self._session.give(int(words[0]), words[1], **wish.arguments)
         self._made(take)
         self._say(f"kept: take {take.number} of shot {words[0]}")
 
     def _undo(self, words: list[str]) -> None:
-        _nothing(words)
+        read_nothing(words)
         self._session.undo()
         self._standing()
 
     def _branch(self, words: list[str]) -> None:
-        self._session.branch(_name(words))
+        self._session.branch(read_name(words))
         self._standing()
 
     def _switch(self, words: list[str]) -> None:
-        self._session.switch(_name(words))
+        self._session.switch(read_name(words))
         self._standing()
 
     def _shots(self, words: list[str]) -> None:
-        from rich import box
-        from rich.table import Table
-
-        _nothing(words)
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-        table.add_column("shot", justify="right", no_wrap=True)
-        for name in ("state", "take", "sees", "t_c"):
-            table.add_column(name, no_wrap=True)
-        table.add_column("what is to be seen")
+        read_nothing(words)
+        made = table("shot", "state", "take", "sees", "t_c", wrap=False, gap=2)
+        made.columns[0].justify = "right"
+        made.add_column("what is to be seen")
         for row in self._session.shots:
             take, level = "" if row.take is None else str(row.take), "" if row.t_c is None else f"{row.t_c:g}"
-            cells = [str(row.shot), row.state, take, ", ".join(map(str, row.history)), level]
-            table.add_row(*cells, row.text)
-        self._console.print(table)
+            made.add_row(str(row.shot), row.state, take, ", ".join(map(str, row.history)), level, row.text)
+        self._console.print(made)
         self._stale()
 
     def _scene(self, words: list[str]) -> None:
@@ -224,20 +194,20 @@ class Shell:
         self._say("\n".join(f"  {path}" for path in self._session.scene(*words)))
 
     def _save(self, words: list[str]) -> None:
-        _nothing(words)
+        read_nothing(words)
         folder = self._session.save()
         self._say(f"saved: {folder}" if folder else "saved: nothing is new")
 
     def _help(self, words: list[str]) -> None:
-        _nothing(words)
+        read_nothing(words)
         for name, (what, _) in self._commands.items():
             self._say(f"  {name:<8} {what}")
-            for word, (value, meaning) in _WORDS.items() if name == "generate" else ():
+            for word, (value, meaning) in WORDS.items() if name == "generate" else ():
                 self._say(f"           {f'{word} {value}'.strip()}: {meaning}")
         self._say("A command may be cut short, as long as it is the only one that begins so.")
 
     def _quit(self, words: list[str]) -> None:
-        _nothing(words)
+        read_nothing(words)
         self._going = False
 
     def _stale(self) -> None:
@@ -265,72 +235,3 @@ def _standing(session: Session) -> str:
         whether = "kept" if all(kept.get(n) == take.number for n in take.shots) else "not kept"
         last = f"the present one is take {take.number}, of {listed(take.shots)}, {whether}"
     return f"branch {session.branch_name}, {len(kept)} of {len(session.shots)} shots kept; {last}"
-
-
-def _wish(words: Sequence[str], known: Sequence[str] = (*_WORDS,)) -> _Wish:
-    """What stands after a command: shots, then words with their values."""
-    left, arguments = list(words), dict[str, Any]()
-    shots = _leading(left) if "from" in known else ()
-    while left:
-        given = left.pop(0)
-        word = given.replace("-", "_")
-        if word not in known:
-            raise ValueError(
-                f"got {given!r}, expected {'shots, or ' if 'from' in known else ''}one of {', '.join(known)}"
-            )
-        if word == "from":
-            several = [left.pop(0)] if left and left[0] in ("none", "recent") else [str(n) for n in _leading(left)]
-            arguments["history"] = _history(several)
-        elif word in ("continues", "cut"):
-            arguments["continues"] = word == "continues"
-        elif word == "recompute":
-            arguments["cached"] = False
-        elif not left:
-            raise ValueError(f"{word}: expected a value after it")
-        elif word == "prompt":
-            arguments["prompt"] = left.pop(0)
-        else:
-            arguments[word] = _number(word, left.pop(0), int if word == "seed" else float)
-    return _Wish(shots, arguments)
-
-
-def _leading(words: list[str]) -> tuple[int, ...]:
-    """The numbers that words begin with, taken off."""
-    numbers = []
-    while words and words[0].isdecimal():
-        numbers.append(int(words.pop(0)))
-    return tuple(numbers)
-
-
-def _numbers(words: list[str]) -> tuple[int, ...]:
-    left = list(words)
-    numbers = _leading(left)
-    if left:
-        raise ValueError(f"got {left[0]!r}, expected numbers of shots")
-    return numbers
-
-
-def _history(words: list[str]) -> tuple[int, ...] | Literal["recent"]:
-    if words in (["none"], ["recent"]):
-        return () if words == ["none"] else "recent"
-    if not words:
-        raise ValueError("from: expected shots after it, such as 1 3; none; or recent, the last that fit the window")
-    return _numbers(words)
-
-
-def _number(name: str, word: str, kind: type) -> Any:
-    try:
-        return kind(word)
-    except ValueError:
-        raise ValueError(f"{name}: got {word!r}, expected a {'whole ' * (kind is int)}number") from None
-
-
-def _name(words: list[str]) -> str:
-    if len(words) != 1:
-        raise ValueError("expected one name after the command, such as close-up")
-    return words[0]
-
-
-def _nothing(words: list[str]) -> None:
-    if words:
-        raise ValueError(f"got {words[0]!r} after the command, expected nothing")

@@ -54,7 +54,7 @@ def parse_shots(arguments: Sequence[str], *, text_first: bool = True) -> Layout:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Size:
+class ModelSize:
     """What of a model decides the price of its attention.
 
     Args:
@@ -72,7 +72,7 @@ class Size:
     dtype: torch.dtype
 
 
-class Cost(NamedTuple):
+class ShotCost(NamedTuple):
     """What one shot costs, or all of them together.
 
     Args:
@@ -96,22 +96,16 @@ class Cost(NamedTuple):
     cache: int
 
 
-def costs(layout: Layout, plan: AttentionPlan, size: Size, *, scheme: Scheme) -> list[Cost]:
+def costs(layout: Layout, plan: AttentionPlan, size: ModelSize, *, scheme: Scheme) -> list[ShotCost]:
     """What every shot of a row costs, and last all of them together; batch 1."""
-    scenes = [number for number, scene in enumerate(layout.scenes, start=1) for _ in scene]
-    rows = []
-    for scene, name, shot, span, start in zip(
-        scenes, shot_names(layout), layout.shots, layout.spans, starts(layout, scheme=scheme), strict=True
-    ):
-        part = plan.rows(span)
-        rows.append(_cost(scene, name, shot.text, shot.video, start, part, size))
-    text, video = (sum(counts) for counts in zip(*((row.text, row.video) for row in rows), strict=True))
-    return [*rows, _cost(None, "all", text, video, None, plan, size)]
 
+    def cost(scene: int | None, name: str, shots: Sequence[Shot], start: int | None, part: AttentionPlan) -> ShotCost:
+        text, video = sum(shot.text for shot in shots), sum(shot.video for shot in shots)
+        flops = size.layers * part.flops(heads=size.heads, head_dim=size.head_dim)
+        cache = 2 * size.layers * size.kv_heads * size.head_dim * size.dtype.itemsize * (text + video)
+        return ShotCost(scene, name, text, video, start, part.pairs, flops, cache)
 
-def _cost(
-    scene: int | None, name: str, text: int, video: int, start: int | None, plan: AttentionPlan, size: Size
-) -> Cost:
-    flops = size.layers * plan.flops(heads=size.heads, head_dim=size.head_dim)
-    cache = 2 * size.layers * size.kv_heads * size.head_dim * size.dtype.itemsize * (text + video)
-    return Cost(scene, name, text, video, start, plan.pairs, flops, cache)
+    scenes = (number for number, scene in enumerate(layout.scenes, start=1) for _ in scene)
+    shots = zip(scenes, shot_names(layout), layout.shots, starts(layout, scheme=scheme), layout.spans, strict=True)
+    rows = [cost(scene, name, [shot], start, plan.rows(span)) for scene, name, shot, start, span in shots]
+    return [*rows, cost(None, "all", layout.shots, None, plan)]

@@ -1,99 +1,31 @@
 """``lct tune``: Long Context Tuning on a folder of one's own scenes."""
 
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any
 
 import click
-import torch
+from rich.console import Console
 
-from lct_core.checkpoints.factory import current_folder_on_path, load, own_code
-from lct_core.checkpoints.model_card import ModelCard, Source, fit_codec, small_mmdit
-from lct_core.cli.options import COUNT, COUNT_OR_NONE, FINITE, FPS, POSITIVE, device, seed, seeded, within_memory
+from lct_core.checkpoints import ModelCard
+from lct_core.checkpoints.factory import load
+from lct_core.checkpoints.model_card import Source, fit_codec, small_mmdit
+from lct_core.cli.machine import seeded, usable, within_memory
+from lct_core.cli.options import OWN_AREA, OWN_MULTIPLE, SMALL_AREA, SMALL_MULTIPLE
+from lct_core.cli.user_code import current_folder_on_path, own_code
 from lct_core.coordinates import Scheme
 from lct_core.data import SceneFolders, scene_folders
+from lct_core.progress import Stages
 from lct_core.training import CHECKPOINT, Report, Stage, load_checkpoint, paper_stages, tune
 from lct_core.training.run import check_folder
 
-if TYPE_CHECKING:
-    from lct_core.progress import Stages
-
-_OWN_AREA, _SMALL_AREA = 480 * 480, 64 * 64  # pixels: the paper's; what a small model on a CPU can do
-_OWN_MULTIPLE, _SMALL_MULTIPLE = 16, 8  # pixels: what autoencoder and patches usually need; the small model's patch
 _LARGEST_PATCH = 32  # pixels: the principal components of larger ones take minutes and gigabytes
 _LESS_MEMORY = "lower --area, --max-frames, --max-shots, --scene-batch or --batch, or add --checkpointing or --bf16"
 
 
-@click.command("tune", short_help="Tune a model on a folder of scenes.")
-@click.argument("data", type=click.Path(path_type=Path))
-@click.option(
-    "--out",
-    type=click.Path(file_okay=False, path_type=Path),
-    default=Path("runs/tune"),
-    show_default=True,
-    help="Folder for checkpoints and metrics.jsonl.",
-)
-@click.option(
-    "--model",
-    metavar="MODULE:FACTORY",
-    help="A function that takes no argument and returns (model, codec): your DiT or its adapter, and what encodes its "
-    "videos and prompts.  [default: a small MMDiT on pixels, trained from nothing]",
-)
-@click.option(
-    "--single-shots", type=click.Path(path_type=Path), help="Scene folders to take single shots from.  [default: DATA]"
-)
-@click.option(
-    "--scheme",
-    type=click.Choice(get_args(Scheme)),
-    default="anchored",
-    show_default=True,
-    help="Where tokens stand: as the model knows it inside a shot, or as in the paper, which it has to learn.",
-)
-@click.option(
-    "--single-shot-steps",
-    type=COUNT_OR_NONE,
-    help="Steps of the first stage, single shots alone.  [default: 0 with --model and the anchored scheme, else 10000]",
-)
-@click.option(
-    "--steps", type=COUNT_OR_NONE, default=135_000, show_default=True, help="Steps of the bidirectional stage."
-)
-@click.option(
-    "--causal-steps", type=COUNT_OR_NONE, default=9_000, show_default=True, help="Steps of the context-causal stage."
-)
-@click.option("--learning-rate", type=POSITIVE, default=1e-4, show_default=True, help="Peak of every stage.")
-@click.option(
-    "--level-mean",
-    type=FINITE,
-    default=0.0,
-    show_default=True,
-    help="Mean of the logit of noise levels; higher trains more on what scenes share, 1.1 is SD3's shift of 3.",
-)
-@click.option("--batch", type=COUNT, default=4, show_default=True, help="Single shots in a step.")
-@click.option("--scene-batch", type=COUNT, default=1, show_default=True, help="Scenes in a step.")
-@click.option("--max-shots", type=COUNT, default=9, show_default=True, help="Most shots of a scene in a step.")
-@click.option(
-    "--area",
-    type=COUNT,
-    help=f"Pixels per frame to shrink videos to.  [default: {_OWN_AREA} with --model, else {_SMALL_AREA}]",
-)
-@click.option(
-    "--multiple",
-    type=COUNT,
-    help="Height and width are made multiples of this; it is the small MMDiT's patch.  "
-    f"[default: {_OWN_MULTIPLE} with --model, else {_SMALL_MULTIPLE}]",
-)
-@click.option("--fps", type=FPS, default=12.0, show_default=True, help="Frames per second to sample videos at.")
-@click.option("--max-frames", type=COUNT, default=125, show_default=True, help="Most frames that a shot may have.")
-@click.option("--bf16", is_flag=True, help="Run the model under bfloat16 autocast.")
-@click.option("--checkpointing", is_flag=True, help="Recompute activations in the backward pass, to save memory.")
-@click.option("--skip-bad", is_flag=True, help="Leave broken scenes out, and say which.")
-@click.option("--save-every", type=COUNT, default=500, show_default=True, help="Steps between checkpoints.")
-@click.option("--resume", is_flag=True, help="Go on from the checkpoint in --out, with the same data and settings.")
-@device
-@seed
-def command(
+def run(
+    *,
     data: Path,
     out: Path,
     model: str | None,
@@ -107,33 +39,20 @@ def command(
     skip_bad: bool,
     save_every: int,
     resume: bool,
-    device: torch.device,
+    device: str,
     seed: int,
     **numbers: Any,
 ) -> None:
-    """Tune a model on DATA, a folder of scene folders.
-
-    A scene folder holds script.txt and, for each of its shots, shot_1.mp4 or shot_1.png. The stages are the paper's:
-    single shots where they are needed, then scenes and single shots in turn, bidirectional, then context-causal. Each
-    leaves a file that lct generate takes.
-
-    \b
-    Example:
-      lct tune my_scenes --out runs/mine --single-shot-steps 3000 --steps 4000 --causal-steps 500 --learning-rate 3e-3
-    """
-    from rich.console import Console
-
-    from lct_core.progress import Stages
-
+    """Tune a model on folders of scenes; the arguments are the command's."""
+    where = usable(device)
     stages = _stages(new=model is None or scheme == "paper", **numbers)
     reading = _reading(area, multiple, small=model is None) | {"fps": fps, "max_frames": max_frames}
     check_folder(out, resume=resume)
-    console = Console(highlight=False)
     with (
         current_folder_on_path(),
         own_code(model),
-        within_memory(device, fix=_LESS_MEMORY),
-        Stages(console) as progress,
+        within_memory(where, fix=_LESS_MEMORY),
+        Stages(Console(highlight=False)) as progress,
     ):
         source = _source(model, saved=out / CHECKPOINT if resume else None)
         roots = [data, *([single_shots] if single_shots else [])]
@@ -147,7 +66,12 @@ def command(
         prints = [_fingerprint(root, scenes) for root, scenes in zip(roots, sets, strict=True)]
         with seeded(seed):  # a new model's weights
             scene_model, codec = card.build(gradient_checkpointing=checkpointing)
-        scene_model.backbone.to(device)
+        scene_model.backbone.to(where)
+        bars = progress.named({stage.name: stage.steps for stage in stages})
+
+        def on_step(report: Report) -> None:
+            bars(report.stage)(report.loss, completed=report.step)
+
         tune(
             out,
             scene_model,
@@ -159,38 +83,19 @@ def command(
             resume=resume,
             save_every=save_every,
             single_shot_data=sets[1] if single_shots else None,
-            on_step=_bars(progress, stages),
+            on_step=on_step,
         )
     click.echo("\n".join(str(out / f"{stage.name}.pt") for stage in stages))
 
 
 def _stages(
-    *,
-    new: bool,
-    single_shot_steps: int | None,
-    steps: int,
-    causal_steps: int,
-    learning_rate: float,
-    level_mean: float,
-    batch: int,
-    scene_batch: int,
-    max_shots: int,
-    bf16: bool,
+    *, new: bool, single_shot_steps: int | None, steps: int, causal_steps: int, bf16: bool, **numbers: Any
 ) -> list[Stage]:
     """The paper's stages with the numbers of the command line; those of no steps are left out."""
     single, both, causal = paper_stages("paper")
     counts = (single.steps if new else 0) if single_shot_steps is None else single_shot_steps, steps, causal_steps
     stages = [
-        replace(
-            stage,
-            steps=count,
-            learning_rate=learning_rate,
-            level_mean=level_mean,
-            single_shot_batch=batch,
-            scene_batch=scene_batch,
-            max_shots=max_shots,
-            precision="bf16" if bf16 else "fp32",
-        )
+        replace(stage, steps=count, precision="bf16" if bf16 else "fp32", **numbers)
         for stage, count in zip((single, both, causal), counts, strict=True)
         if count
     ]
@@ -201,8 +106,8 @@ def _stages(
 
 def _reading(area: int | None, multiple: int | None, *, small: bool) -> dict[str, Any]:
     """The size at which videos are read."""
-    multiple = multiple or (_SMALL_MULTIPLE if small else _OWN_MULTIPLE)
-    area = area or (_SMALL_AREA if small else _OWN_AREA)
+    multiple = multiple or (SMALL_MULTIPLE if small else OWN_MULTIPLE)
+    area = area or (SMALL_AREA if small else OWN_AREA)
     if multiple * multiple > area:
         raise ValueError(
             f"--multiple: got {multiple}, but its square exceeds the {area} pixels of --area; lower it, or raise --area"
@@ -230,7 +135,7 @@ def _source(model: str | None, *, saved: Path | None) -> Source | None:
     return {"factory": model}
 
 
-def _read(root: Path, progress: "Stages", *, skip_bad: bool, **reading: Any) -> SceneFolders:
+def _read(root: Path, progress: Stages, *, skip_bad: bool, **reading: Any) -> SceneFolders:
     """The scenes of a folder, with a word on those that are left out."""
     with progress(f"read {root.name}", len(scene_folders(root))) as advance:
         scenes = SceneFolders(root, skip_bad=skip_bad, on_scene=advance, **reading)
@@ -250,16 +155,3 @@ def _fingerprint(root: Path, scenes: SceneFolders) -> str:
             sizes = sorted((file.name, file.stat().st_size) for file in folder.iterdir())
             digest.update(repr((folder.name, sizes, (folder / "script.txt").read_bytes())).encode())
     return f"{len(scenes)} scenes, {digest.hexdigest()}"
-
-
-def _bars(progress: "Stages", stages: Sequence[Stage]) -> Callable[[Report], None]:
-    """A bar for every stage, from its first step on."""
-    steps = {stage.name: stage.steps for stage in stages}
-    bars: dict[str, Callable[..., None]] = {}
-
-    def on_step(report: Report) -> None:
-        if report.stage not in bars:
-            bars[report.stage] = progress.open(report.stage, steps[report.stage])
-        bars[report.stage](report.loss, completed=report.step)
-
-    return on_step

@@ -1,24 +1,21 @@
 """The demo's data: scenes of the world written to disk as MP4 files and scripts, and read back as a user's would be."""
 
 import shutil
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from lct_core.codec import LinearCodec
 from lct_core.data import SceneFolders, VideoScene, scene_folders, write_scene
-from lct_core.demo.world import PROMPT_LENGTH, VOCABULARY, Scene, render
+from lct_core.demo.world import PROMPT_LENGTH, VOCABULARY, WorldScene, render
+from lct_core.progress import Stages
 
 FRAMES, SIZE, FPS = 4, 24, 4  # frames of a shot, pixels that the model sees, frames per second
 _FILE_SIZE = 96  # pixels in the files
 PATCH, CHANNELS = 6, 24
 READING: dict[str, Any] = {"area": SIZE * SIZE, "multiple": PATCH, "fps": float(FPS), "max_frames": FRAMES}
 
-Progress = Callable[[str, int], AbstractContextManager[Callable[[], None]]]
 
-
-def write_scenes(root: Path, scenes: list[Scene], *, progress: Progress) -> None:
+def write_scenes(root: Path, scenes: list[WorldScene], *, progress: Stages) -> None:
     """Render scenes into ``root/scene_1``, ``root/scene_2``, ..., in place of what is there."""
     shutil.rmtree(root, ignore_errors=True)
     with progress(f"write {len(scenes)} scenes, {root.name}", len(scenes)) as advance:
@@ -28,7 +25,7 @@ def write_scenes(root: Path, scenes: list[Scene], *, progress: Progress) -> None
             advance()
 
 
-def read_scenes(root: Path, *, progress: Progress) -> SceneFolders:
+def read_scenes(root: Path, *, progress: Stages) -> SceneFolders:
     """Read them back at the size that the model sees."""
     count = len(scene_folders(root))
     with progress(f"read {count} scenes, {root.name}", count) as advance:

@@ -1,7 +1,5 @@
 """What only the full run shows: errors that accumulate over many shots, and composition (paper, 4.2 and 4.3)."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
@@ -13,17 +11,16 @@ from lct_core.demo.dataset import FRAMES, SIZE
 from lct_core.demo.generate import SceneBatch
 from lct_core.demo.metrics import adherence, composition_error, drift
 from lct_core.demo.plots import accumulation
-from lct_core.demo.settings import Settings
+from lct_core.demo.settings import DemoSettings
 from lct_core.demo.world import ENVIRONMENT_TEXT, environment_image, identity_image, identity_text, sample_scene
 from lct_core.generation import recent
 from lct_core.noise import keyed_generator
 from lct_core.pictures.sheet import SceneRows, contact_sheet
-from lct_core.script import Script, ScriptShot
+from lct_core.progress import Stages
+from lct_core.script import ScriptShot
 
-Progress = Callable[..., AbstractContextManager[Callable[[], None]]]
 
-
-def accumulate(out: Path, generator: SceneBatch, settings: Settings, *, progress: Progress) -> dict[str, Any]:
+def accumulate(out: Path, generator: SceneBatch, settings: DemoSettings, *, progress: Stages) -> dict[str, Any]:
     """Many shots in a row, through the KV cache, for several noise levels of the history.
 
     Every shot sees the last that fit the window in which the model was trained, which must be context-causal by now.
@@ -36,7 +33,7 @@ def accumulate(out: Path, generator: SceneBatch, settings: Settings, *, progress
     first_scene = {}
     for t_c in settings.long_t_c:
         with progress(f"{settings.long_shots} shots in a row, t_c {t_c:g}"):
-            shots = replace(long, t_c=t_c).ar_causal(history=recent(settings.shots))
+            shots = replace(long, sampling=replace(long.sampling, t_c=t_c)).ar_causal(history=recent(settings.shots))
         first_scene[f"t_c {t_c:g}"] = [shot[0] for shot in shots]
         of_scenes = [drift([shot[i] for shot in shots], scene.texts) for i, scene in enumerate(scenes)]
         drifts[t_c] = [mean(values) for values in zip(*of_scenes, strict=True)]
@@ -51,7 +48,7 @@ def accumulate(out: Path, generator: SceneBatch, settings: Settings, *, progress
     }
 
 
-def compose(out: Path, generator: SceneBatch, settings: Settings, *, progress: Progress) -> dict[str, Any]:
+def compose(out: Path, generator: SceneBatch, settings: DemoSettings, *, progress: Stages) -> dict[str, Any]:
     """A shot of one scene's character before another scene's wall, each given as an image.
 
     The model must be bidirectional still. The two were never paired in training, nor were portraits before a grey wall,
@@ -70,7 +67,7 @@ def compose(out: Path, generator: SceneBatch, settings: Settings, *, progress: P
     }
     with progress("compose identity and environment images"):
         composed = composer.conditional(given)
-        alone = replace(generator, scripts=[_only_last(script) for script in scripts]).joint()
+        alone = replace(generator, scripts=[replace(script, shots=script.shots[-1:]) for script in scripts]).joint()
     errors = {
         name: [
             composition_error(shot[i], who.shots[0].text, identity=who.character, environment=where.background)
@@ -91,7 +88,3 @@ def compose(out: Path, generator: SceneBatch, settings: Settings, *, progress: P
         for name, values in errors.items()
         for part in ("character", "background")
     }
-
-
-def _only_last(script: Script) -> Script:
-    return replace(script, shots=script.shots[-1:])

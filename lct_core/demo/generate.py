@@ -2,16 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from lct_core.backbone.inputs import ShotInput, collate_shots
+from lct_core.backbone import ShotInput, collate_shots
 from lct_core.codec import LinearCodec
 from lct_core.demo.dataset import FRAMES, SIZE
-from lct_core.generation import Guidance, History, autoregressive, causal, conditional, joint
-from lct_core.generation.scene import negative_texts, start_scene
+from lct_core.generation import History, Sampling, autoregressive, causal, conditional, joint, start_scene
 from lct_core.scene_model import SceneModel
 from lct_core.script import Script
 
@@ -29,9 +27,7 @@ class SceneBatch:
         scripts: The scenes'; all have equally many shots and prompts of one length.
         frames: Frames of every shot of a scene (default: those of the world for all).
         seed: Of the noise.
-        steps: Euler steps.
-        guidance: Scale, one for all modes.
-        t_c: Noise level of given and earlier shots, 0-1000.
+        sampling: How it generates, one for all modes; its negative prompts encoded.
     """
 
     model: SceneModel
@@ -39,9 +35,7 @@ class SceneBatch:
     scripts: Sequence[Script]
     frames: Sequence[int] | None = None
     seed: int
-    steps: int
-    guidance: float
-    t_c: float
+    sampling: Sampling
 
     def independent(self) -> Shots:
         """Every shot by itself, without a global prompt, as the single-shot model was trained: the baseline."""
@@ -51,35 +45,26 @@ class SceneBatch:
             [ShotInput(latents=shot.latents, text=torch.stack([self.codec.text(t) for t in prompts]))]
             for shot, prompts in zip(shots, texts, strict=True)
         ]
-        return [self._decoded(joint(self.model, scene, **self._common))[0] for scene in alone]
+        return [self._decoded(joint(self.model, scene, sampling=self.sampling))[0] for scene in alone]
 
     def joint(self) -> Shots:
         """All shots at once."""
-        return self._decoded(joint(self.model, self._scene(), **self._common))
+        return self._decoded(joint(self.model, self._scene(), sampling=self.sampling))
 
     def conditional(self, given: Mapping[int, Tensor]) -> Shots:
         """The others from given shots, by their number from 0: ``[scenes, 3, frames, height, width]``."""
         scene = self._scene()
         first = sum(shot.role == "global" for shot in scene)
         latents = {first + i: torch.stack([self.codec.encode(clip) for clip in clips]) for i, clips in given.items()}
-        return self._decoded(conditional(self.model, scene, latents, t_c=self.t_c, **self._common))
+        return self._decoded(conditional(self.model, scene, latents, sampling=self.sampling))
 
     def ar_bidirectional(self) -> Shots:
         """Shot after shot with bidirectional attention."""
-        return self._decoded(autoregressive(self.model, self._scene(), t_c=self.t_c, seed=self.seed, **self._common))
+        return self._decoded(autoregressive(self.model, self._scene(), seed=self.seed, sampling=self.sampling))
 
     def ar_causal(self, *, history: History | None = None) -> Shots:
         """Shot after shot with context-causal attention, through the KV cache."""
-        return self._decoded(
-            causal(self.model, self._scene(), t_c=self.t_c, history=history, seed=self.seed, **self._common)
-        )
-
-    @property
-    def _common(self) -> dict[str, Any]:
-        return {
-            "steps": self.steps,
-            "guidance": Guidance(scale=self.guidance, **negative_texts(self.codec)),
-        }
+        return self._decoded(causal(self.model, self._scene(), history=history, seed=self.seed, sampling=self.sampling))
 
     def _scene(self) -> list[ShotInput]:
         count = len(self.scripts[0].shots)

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from lct_core.checkpoints.model_card import ModelCard, small_mmdit
+from lct_core.checkpoints import ModelCard
+from lct_core.checkpoints.model_card import small_mmdit
 from lct_core.codec import LinearCodec
 from lct_core.data import SceneFolders, VideoScene
 from lct_core.demo import extras
@@ -27,23 +28,24 @@ from lct_core.demo.generate import SceneBatch, Shots
 from lct_core.demo.metrics import adherence, appearance_error
 from lct_core.demo.plots import loss_curves, modes
 from lct_core.demo.report import FILES, GOALS, LABELS, key, report
-from lct_core.demo.settings import Settings
+from lct_core.demo.settings import DemoSettings
 from lct_core.demo.world import sample_scene
+from lct_core.generation import Sampling
 from lct_core.losses import tuning_loss
 from lct_core.noise import keyed_generator
 from lct_core.pictures.sheet import SceneRows, contact_sheet
-from lct_core.plugins.registry import registry
+from lct_core.plugins import registry
 from lct_core.progress import Stages
 from lct_core.scene_model import SceneModel, retrofit
 from lct_core.training import METRICS, Report, Stage, single_shots, to_row, tune
 
 _ON_SHEET, _ON_FILM = 3, 6  # scenes
-_SHOWN = ("data", "independent", "joint", "ar_causal")
+_SHOWN = ("independent", "joint", "ar_causal")  # modes
 Curve = list[tuple[int, str, float]]
 _OURS = ".written-by-lct-demo"  # marks a folder that a later run may write to again
 
 
-def run(out: Path, settings: Settings, *, console: Console) -> dict[str, Any]:
+def run(out: Path, settings: DemoSettings, *, console: Console) -> dict[str, Any]:
     """Write, read, train, retrofit, tune, generate in every mode and measure.
 
     Args:
@@ -69,18 +71,17 @@ def run(out: Path, settings: Settings, *, console: Console) -> dict[str, Any]:
             codec=codec,
             scripts=[scene.script for scene in held_out],
             seed=settings.seed,
-            steps=settings.euler_steps,
-            guidance=settings.guidance,
-            t_c=settings.t_c,
+            sampling=Sampling(steps=settings.euler_steps, guidance=settings.guidance, t_c=settings.t_c).encoded(codec),
         )
-        videos: dict[str, Shots] = {"data": _columns(held_out)}
+        truth = [torch.stack(shots) for shots in zip(*(scene.shots for scene in held_out), strict=True)]
+        videos: dict[str, Shots] = {"data": truth}
         losses: dict[str, float] = {}
         more: dict[str, Any] = {}
 
         def after(stage: Stage) -> None:
             """What is generated and measured with a stage's weights."""
             losses[stage.name] = _single_shot_loss(model, codec, held_out)
-            for mode, make in _modes(generator, videos["data"])[stage.name].items():
+            for mode, make in _modes(generator, truth)[stage.name].items():
                 with progress(f"generate, {LABELS[mode]}"):
                     videos[mode] = make()
             if stage.name == "bidirectional" and settings.composed:
@@ -88,7 +89,27 @@ def run(out: Path, settings: Settings, *, console: Console) -> dict[str, Any]:
             if stage.name == "causal" and settings.long_shots:
                 more.update(extras.accumulate(out, generator, settings, progress=progress))
 
-        curves = _tune(out, model, settings, data, codec, card, progress=progress, after=after)
+        stages = settings.stages()
+        steps = {stage.name: stage.steps for stage in stages}
+        bars = progress.named(steps, prefix="train, ")
+        curves: dict[str, Curve] = {name: [] for name in steps}
+
+        def on_step(step: Report) -> None:
+            bars(step.stage)(step.loss)
+            curves[step.stage].append((step.step, step.kind, step.loss))
+
+        tune(
+            out,
+            model,
+            stages,
+            data,
+            codec,
+            seed=settings.seed,
+            about=card.state(),
+            save_every=max(steps.values()),
+            on_step=on_step,
+            on_stage=after,
+        )
 
     metrics: dict[str, Any] = {
         "parameters": parameters,
@@ -125,7 +146,7 @@ def _claim(out: Path) -> None:
         old.unlink(missing_ok=True)
 
 
-def _data(root: Path, settings: Settings, progress: Stages) -> tuple[SceneFolders, SceneFolders]:
+def _data(root: Path, settings: DemoSettings, progress: Stages) -> tuple[SceneFolders, SceneFolders]:
     """The training and the held-out scenes, written to disk and read back."""
     parts = {"train": settings.scenes, "held_out": settings.held_out}
     for part, count in parts.items():
@@ -136,58 +157,15 @@ def _data(root: Path, settings: Settings, progress: Stages) -> tuple[SceneFolder
     return data, held_out
 
 
-def _model(codec: LinearCodec, data: SceneFolders, settings: Settings) -> tuple[ModelCard, SceneModel, int]:
+def _model(codec: LinearCodec, data: SceneFolders, settings: DemoSettings) -> tuple[ModelCard, SceneModel, int]:
     """A new single-shot model, retrofitted, with the number of parameters that it had before."""
     source = small_mmdit(codec, width=settings.width, depth=settings.depth, heads=settings.heads)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         dit = registry().build(source["backbone"], **source["options"])
     parameters = sum(p.numel() for p in dit.parameters())
-    card = ModelCard(
-        source=source,
-        scheme="anchored",
-        size=[*data[0].shots[0].shape[1:]],
-        **READING,
-    )
+    card = ModelCard(source=source, scheme="anchored", size=[*data[0].shots[0].shape[1:]], **READING)
     return card, retrofit(dit, scheme=card.scheme, batch_shots=True), parameters
-
-
-def _tune(
-    out: Path,
-    model: SceneModel,
-    settings: Settings,
-    data: SceneFolders,
-    codec: LinearCodec,
-    card: ModelCard,
-    *,
-    progress: Stages,
-    after: Callable[[Stage], None],
-) -> dict[str, Curve]:
-    """All three stages; returns their losses."""
-    stages = settings.stages()
-    steps = {stage.name: stage.steps for stage in stages}
-    curves: dict[str, Curve] = {name: [] for name in steps}
-    bars: dict[str, Callable[..., None]] = {}
-
-    def on_step(step: Report) -> None:
-        if step.stage not in bars:
-            bars[step.stage] = progress.open(f"train, {step.stage}", steps[step.stage])
-        bars[step.stage](step.loss)
-        curves[step.stage].append((step.step, step.kind, step.loss))
-
-    tune(
-        out,
-        model,
-        stages,
-        data,
-        codec,
-        seed=settings.seed,
-        about=card.state(),
-        save_every=max(steps.values()),
-        on_step=on_step,
-        on_stage=after,
-    )
-    return curves
 
 
 def _modes(generator: SceneBatch, truth: Shots) -> dict[str, dict[str, Callable[[], Shots]]]:
@@ -204,11 +182,6 @@ def _modes(generator: SceneBatch, truth: Shots) -> dict[str, dict[str, Callable[
     }
 
 
-def _columns(scenes: SceneFolders) -> Shots:
-    """Of every shot, the frames of all scenes."""
-    return [torch.stack(shots) for shots in zip(*(scene.shots for scene in scenes), strict=True)]
-
-
 def _pictures(
     out: Path,
     metrics: dict[str, Any],
@@ -217,18 +190,16 @@ def _pictures(
     curves: dict[str, Curve],
 ) -> None:
     """The contact sheet, the film and the plots."""
-    rows = [
-        SceneRows(scene, {LABELS[mode]: [shot[i] for shot in videos[mode]] for mode in _SHOWN})
-        for i, scene in enumerate(texts)
-    ]
+
+    def rows(shown: Sequence[str], count: int) -> list[SceneRows]:
+        return [
+            SceneRows(scene, {LABELS[mode]: [shot[i] for shot in videos[mode]] for mode in shown})
+            for i, scene in enumerate(texts[:count])
+        ]
+
     title = "Scenes never seen in training. No text tells a colour: only the other shots do."
-    contact_sheet(out / "contact_sheet.png", rows[:_ON_SHEET], title=title)
-    generated = [{label: shots for label, shots in row.rows.items() if label != LABELS["data"]} for row in rows]
-    film(
-        out / "scenes.mp4",
-        [SceneRows(scene, row) for scene, row in zip(texts[:_ON_FILM], generated[:_ON_FILM], strict=True)],
-        fps=FPS,
-    )
+    contact_sheet(out / "contact_sheet.png", rows(("data", *_SHOWN), _ON_SHEET), title=title)
+    film(out / "scenes.mp4", rows(_SHOWN, _ON_FILM), fps=FPS)
     loss_curves(out / "losses.png", curves)
     shown = {mode: label for mode, label in LABELS.items() if mode != "data"}
     modes(

@@ -6,7 +6,7 @@ from lct_core.training import Stage
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class DemoSettings:
     """What a run of the demo costs.
 
     Args:
@@ -87,9 +87,9 @@ class Settings:
         return single, tuning, causal
 
 
-def quick(*, seed: int) -> Settings:
+def quick(*, seed: int) -> DemoSettings:
     """Under 90 seconds: the same code, weaker numbers."""
-    return Settings(
+    return DemoSettings(
         seed=seed,
         scenes=120,
         single_shot_steps=800,
@@ -99,9 +99,9 @@ def quick(*, seed: int) -> Settings:
     )
 
 
-def full(*, seed: int) -> Settings:
+def full(*, seed: int) -> DemoSettings:
     """Better numbers, errors that accumulate, and composition."""
-    usual = Settings(seed=seed)
+    usual = DemoSettings(seed=seed)
     return replace(
         usual,
         scenes=1000,

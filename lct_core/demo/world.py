@@ -93,7 +93,7 @@ _DESCRIPTIONS = {shot.text: shot for shot in (ShotDescription(*values) for value
 
 
 @dataclass(frozen=True)
-class Scene:
+class WorldScene:
     """Shots that share a character and a background.
 
     Args:
@@ -136,7 +136,7 @@ class Scene:
         )
 
 
-def sample_scene(num_shots: int, *, generator: torch.Generator) -> Scene:
+def sample_scene(num_shots: int, *, generator: torch.Generator) -> WorldScene:
     """Draw a scene: two hues, a shape, and every shot's framing, position and motion, all uniform and independent.
 
     The character is saturated and bright, the background dull and dark: whatever the hues, their RGB distance is at
@@ -153,7 +153,7 @@ def sample_scene(num_shots: int, *, generator: torch.Generator) -> Scene:
         raise ValueError(f"num_shots: got {num_shots}, expected at least 1")
     hues = torch.rand(2, generator=generator, dtype=torch.float64).tolist()
     shape = _choose(SHAPES, generator)
-    return Scene(
+    return WorldScene(
         character=hsv_to_rgb(hues[0], 0.9, 0.95),
         background=hsv_to_rgb(hues[1], 0.6, 0.45),
         shots=tuple(
@@ -215,7 +215,7 @@ def _coverage(shot: ShotDescription, size: int, frames: int) -> Float[Tensor, "f
     return ((right - left) * size).clamp(0, 1).unflatten(1, (size, _SCANLINES)).mean(2)
 
 
-def render(scene: Scene, *, size: int, frames: int = 4) -> Float[Tensor, "shots 3 frames size size"]:
+def render(scene: WorldScene, *, size: int, frames: int = 4) -> Float[Tensor, "shots 3 frames size size"]:
     """Draw every shot of a scene, antialiased: RGB in [0, 1], the same picture at any size.
 
     Args:
@@ -227,12 +227,12 @@ def render(scene: Scene, *, size: int, frames: int = 4) -> Float[Tensor, "shots 
     return torch.lerp(_wall(scene, size), _pixel(scene.character), masks[:, None])
 
 
-def identity_text(scene: Scene) -> str:
+def identity_text(scene: WorldScene) -> str:
     """Return the prompt of ``identity_image``, a sentence of the world: a close up in the middle, standing still."""
     return _portrait(scene).text
 
 
-def identity_image(scene: Scene, *, size: int) -> Float[Tensor, "3 1 size size"]:
+def identity_image(scene: WorldScene, *, size: int) -> Float[Tensor, "3 1 size size"]:
     """Draw a scene's character before a neutral grey wall: who is to appear (paper, 4.3; supplement, C).
 
     Args:
@@ -242,7 +242,7 @@ def identity_image(scene: Scene, *, size: int) -> Float[Tensor, "3 1 size size"]
     return render(replace(scene, background=_GREY, shots=(_portrait(scene),)), size=size, frames=1)[0]
 
 
-def environment_image(scene: Scene, *, size: int) -> Float[Tensor, "3 1 size size"]:
+def environment_image(scene: WorldScene, *, size: int) -> Float[Tensor, "3 1 size size"]:
     """Draw a scene's bare wall, without a character: where it is to happen; its prompt is ``ENVIRONMENT_TEXT``.
 
     Args:
@@ -252,11 +252,11 @@ def environment_image(scene: Scene, *, size: int) -> Float[Tensor, "3 1 size siz
     return _wall(scene, size).repeat(1, 1, 1, size)
 
 
-def _portrait(scene: Scene) -> ShotDescription:
+def _portrait(scene: WorldScene) -> ShotDescription:
     return ShotDescription("Close up", scene.shape, "in the middle", "standing still")
 
 
-def _wall(scene: Scene, size: int) -> Float[Tensor, "3 1 size 1"]:
+def _wall(scene: WorldScene, size: int) -> Float[Tensor, "3 1 size 1"]:
     return _pixel(scene.background) * (1 - _SHADING * _middles(size, -1, 1))[:, None]
 
 

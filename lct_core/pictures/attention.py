@@ -8,10 +8,9 @@ from matplotlib.collections import PolyCollection
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from lct_core.layout import Layout, Range, consecutive
-from lct_core.pictures.style import _INK, Colour, _shade, _titled, _tokens, shot_colours, shot_names, spread
+from lct_core.pictures.style import INK, Colour, number_tokens, shade, shot_colours, shot_names, spread, titled
 from lct_core.plan import AttentionPlan
 
 
@@ -25,7 +24,7 @@ def plan_figure(layout: Layout, plan: AttentionPlan, *, pattern: str) -> Figure:
     """
     share = plan.pairs / (plan.queries * plan.keys)
     calls = len(plan.segments)
-    figure, height = _titled(
+    figure, height = titled(
         f"Who sees whom: {pattern}",
         f"queries in rows, keys in columns; {share:.1%} of all pairs, in {calls} dense call{'s' if calls > 1 else ''}",
         size=(8.8, 8.4),
@@ -44,7 +43,7 @@ def plan_figure(layout: Layout, plan: AttentionPlan, *, pattern: str) -> Figure:
                     columns = _common(column, keys)
                     if columns.size > 0:
                         tiles.append(_rectangle(columns, rows))
-                        fills.append(_shade(_part_colour(colours[other], is_text), 0.0 if own == other else 0.55))
+                        fills.append(shade(_part_colour(colours[other], is_text), 0.0 if own == other else 0.55))
     axes.add_collection(PolyCollection(tiles, facecolors=fills, edgecolors=fills, linewidths=0.2))
     between = [span.start for span in layout.spans[1:]]
     for lines in (axes.axvline, axes.axhline):
@@ -53,11 +52,9 @@ def plan_figure(layout: Layout, plan: AttentionPlan, *, pattern: str) -> Figure:
         for scene in layout.scene_spans[1:]:
             lines(scene.start, color="0.45", linewidth=0.8, linestyle=(0, (3, 2)))
     blocks = [_rectangle(keys, queries) for queries, ranges in plan.segments for keys in ranges]
-    axes.add_collection(PolyCollection(blocks, facecolors="none", edgecolors=_INK, linewidths=1.3, zorder=4))
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
-    axes.xaxis.set_major_formatter(FuncFormatter(_tokens))
-    axes.yaxis.set_major_formatter(FuncFormatter(_tokens))
+    axes.add_collection(PolyCollection(blocks, facecolors="none", edgecolors=INK, linewidths=1.3, zorder=4))
+    for axis in (axes.xaxis, axes.yaxis):
+        number_tokens(axis, ticks=6)
     axes.yaxis.tick_right()
     axes.tick_params(labelsize=8, colors="0.35", length=3)
     axes.set_xlabel("key token", fontsize=9, color="0.25")
@@ -71,9 +68,9 @@ def plan_figure(layout: Layout, plan: AttentionPlan, *, pattern: str) -> Figure:
         handles=[
             Patch(facecolor=_part_colour(grey, False), label="its own video"),
             Patch(facecolor=_part_colour(grey, True), label="its own text"),
-            Patch(facecolor=_shade(grey, 0.55), label="another shot's"),
+            Patch(facecolor=shade(grey, 0.55), label="another shot's"),
             Patch(facecolor="#F3F3F3", edgecolor="0.75", label="not seen"),
-            Patch(facecolor="none", edgecolor=_INK, label="one dense block"),
+            Patch(facecolor="none", edgecolor=INK, label="one dense block"),
         ],
         loc="upper center", bbox_to_anchor=(0.45, -0.09), ncols=5, frameon=False, fontsize=8.5, handlelength=1.3,
         columnspacing=1.4, handletextpad=0.5,
@@ -90,7 +87,7 @@ def _parts(layout: Layout) -> list[tuple[Range, int, bool]]:
 
 
 def _part_colour(colour: Colour, is_text: bool) -> Colour:
-    return _shade(colour, -0.4) if is_text else _shade(colour, 0.15)
+    return shade(colour, -0.4) if is_text else shade(colour, 0.15)
 
 
 def _draw_edges(
@@ -116,14 +113,14 @@ def _draw_edges(
         for name, colour, centre, place in zip(shot_names(layout), colours, centres, places, strict=True):
             at = far - 0.17 * inch
             line([centre, place], [far - 0.02 * inch, at])
-            ink = _shade(colour, -0.4)
+            ink = shade(colour, -0.4)
             axes.text(place, at - 0.03 * inch, name, fontsize=8.5, color=ink, rotation=90, ha="center", va="bottom")
             axes.text(at - 0.03 * inch, place, name, fontsize=8.5, color=ink, ha="right", va="center")
     for number, span in enumerate(layout.scene_spans, start=1):
         if len(layout.scenes) > 1 and span.size > 0.6 * inch:
             at, middle = -0.98 * inch, (span.start + span.stop) / 2
             line([span.start + 0.04 * inch, span.stop - 0.04 * inch], [at, at])
-            style: dict[str, Any] = {"fontsize": 9, "fontweight": "bold", "color": _INK}
+            style: dict[str, Any] = {"fontsize": 9, "fontweight": "bold", "color": INK}
             axes.text(middle, at - 0.05 * inch, f"scene {number}", ha="center", va="bottom", **style)
             axes.text(at - 0.05 * inch, middle, f"scene {number}", ha="right", va="center", rotation=90, **style)
 

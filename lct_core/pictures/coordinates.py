@@ -10,23 +10,11 @@ from matplotlib.figure import Figure
 
 from lct_core.coordinates import Scheme, extent
 from lct_core.layout import Layout, Shot
-from lct_core.pictures.style import (
-    _INK,
-    Colour,
-    Points,
-    _line_colour,
-    _shade,
-    _titled,
-    shot_colours,
-    shot_names,
-    spread,
-    starts,
-)
+from lct_core.pictures import style
+from lct_core.pictures.style import Colour, Points, shade, shot_colours, shot_names, starts
 
-#: Where one step of frame, height and width goes on the screen: orthographic, seen from above and to the side.
+# where one step of frame, height and width goes on the screen: orthographic, seen from above and to the side
 _TURN, _TILT = np.deg2rad(50.0), np.deg2rad(58.0)
-
-
 _SCREEN = np.array(
     [
         [np.cos(_TURN), np.sin(_TILT) * np.sin(_TURN)],  # frames: into the depth
@@ -34,14 +22,9 @@ _SCREEN = np.array(
         [np.sin(_TURN), -np.sin(_TILT) * np.cos(_TURN)],  # width: to the right, towards the eye
     ]
 )
-
-
 _SLOPE = _SCREEN.sum(0)[1] / _SCREEN.sum(0)[0]
 
-
 _CELL = 0.045  # inches: smaller cells are not drawn
-
-
 _LABEL, _SCENE_NAME, _CLOSER = 0.65, 0.85, (3.7, 2.6)  # inches
 
 
@@ -97,7 +80,7 @@ def coordinates_figure(layout: Layout, *, scheme: Scheme) -> Figure:
     right = max(placed[:, 0].max() + 0.35, left + 8.5)
     low = placed[:, 1].min() - 0.4
     high = max(placed[:, 1].max() + _LABEL, low + (_CLOSER[1] + 1.6 if small else 2.4))
-    figure, height = _titled(
+    figure, height = style.titled(
         "Where every token stands",
         f'"{scheme}" scheme: '
         + (
@@ -115,7 +98,7 @@ def coordinates_figure(layout: Layout, *, scheme: Scheme) -> Figure:
         _label_chain(axes, chain, scale=scale, offset=offset)
         if len(chains) > 1:
             x, y = offset + np.array([-0.15, 0.05])
-            axes.text(x, y, f"scene {number}", fontsize=10, fontweight="bold", color=_INK, ha="right")
+            axes.text(x, y, f"scene {number}", fontsize=10, fontweight="bold", color=style.INK, ha="right")
     _draw_directions(axes, corner=(right - 1.45, low + 0.7))
     if small:
         _draw_closer(axes, *small[0], corner=(left + 0.3, high - 0.1), scale=scale, scheme=scheme)
@@ -182,22 +165,22 @@ def _draw_box(
     axes.add_collection(
         PolyCollection(
             [face * scale + offset for face, _ in faces],
-            facecolors=[_shade(colour, light) for _, light in faces],
-            edgecolors=_line_colour(colour),
+            facecolors=[shade(colour, light) for _, light in faces],
+            edgecolors=style.line_colour(colour),
             linewidths=0.8 if max(sizes) * scale > 0.2 else 0.4,
             joinstyle="round",
         )
     )
     if scale >= _CELL and max(sizes) * scale < 12.0:  # larger than any picture: seen only in part, too many to draw
         lines = [line * scale + offset for line in _cells(corner, sizes)]
-        axes.add_collection(LineCollection(lines, colors=[_line_colour(colour)], linewidths=0.4))
+        axes.add_collection(LineCollection(lines, colors=[style.line_colour(colour)], linewidths=0.4))
 
 
 def _draw_chain(axes: Axes, chain: Sequence[Box], *, scale: float, offset: Points, scheme: Scheme) -> None:
     end = chain[-1].corner + max(chain[-1].shot.grid)
     axes.plot(*_on_diagonal([0, end], scale, offset).T, color="0.55", linewidth=0.8, linestyle=(0, (2, 2)), zorder=0)
     for box in chain:
-        dark = _shade(box.colour, -0.25)
+        dark = shade(box.colour, -0.25)
         if box.corner > box.start:  # text takes room on the diagonal
             if scale >= _CELL:
                 places = (np.array(axes.get_xlim()) - offset[0]) / (scale * _SCREEN.sum(0)[0])
@@ -210,7 +193,7 @@ def _draw_chain(axes: Axes, chain: Sequence[Box], *, scale: float, offset: Point
         _draw_box(axes, np.full(3, box.corner), box.shot.grid, box.colour, scale=scale, offset=offset)
         if scheme == "anchored" and box.shot.text:
             (at,) = _on_diagonal([box.start], scale, offset)
-            axes.plot(*at, "o", color=_shade(box.colour, -0.35), markersize=6, markeredgecolor="white", zorder=5)
+            axes.plot(*at, "o", color=shade(box.colour, -0.35), markersize=6, markeredgecolor="white", zorder=5)
 
 
 def _label_chain(axes: Axes, chain: Sequence[Box], *, scale: float, offset: Points) -> None:
@@ -218,11 +201,11 @@ def _label_chain(axes: Axes, chain: Sequence[Box], *, scale: float, offset: Poin
     outlines = [_outline(box)[:-2] * scale + offset for box in chain]
     centres = [(points[:, 0].min() + points[:, 0].max()) / 2 for points in outlines]
     wide = len(chain) == 1 or (max(centres) - min(centres)) / (len(chain) - 1) > 0.6
-    places = spread(centres, 0.75 if wide else 0.35)
+    places = style.spread(centres, 0.75 if wide else 0.35)
     for box, points, place in zip(chain, outlines, places, strict=True):
         diagonal = offset[1] + _SLOPE * (place + (0.38 if wide else 0.1) - offset[0])  # at the label's right end
         y = max(points[:, 1].max(), diagonal if box is not chain[-1] else -np.inf) + 0.08
-        dark = _shade(box.colour, -0.4)
+        dark = shade(box.colour, -0.4)
         if not wide:
             axes.text(place, y, box.name.removeprefix("shot "), fontsize=7, color=dark, ha="center", va="bottom")
             continue
@@ -281,4 +264,4 @@ def _draw_closer(
     _draw_chain(closer, chain, scale=zoom, offset=-centre * zoom, scheme=scheme)
     title = f"{name}, {zoom / scale:,.0f} times as large"
     at = -width / 2 + 0.1, height / 2 - 0.1
-    closer.text(*at, title, fontsize=9, fontweight="bold", color=_shade(box.colour, -0.4), va="top")
+    closer.text(*at, title, fontsize=9, fontweight="bold", color=shade(box.colour, -0.4), va="top")

@@ -1,14 +1,12 @@
 """A drawing of how scenes share rows."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from lct_core.layout import Layout
-from lct_core.pictures.style import _INK, PALETTE, _count, _luminance, _shade, _titled, _tokens, shot_names
+from lct_core.pictures.style import INK, PALETTE, counted, luminance, number_tokens, shade, shot_names, titled
 
 
 def packing_figure(layout: Layout, rows: Sequence[Sequence[int]], *, budget: int) -> Figure:
@@ -21,9 +19,9 @@ def packing_figure(layout: Layout, rows: Sequence[Sequence[int]], *, budget: int
     """
     row_height = min(0.75, 60 / len(rows))
     full = layout.tokens / (budget * len(rows))
-    figure, height = _titled(
+    figure, height = titled(
         f"Rows of at most {budget:,} tokens",
-        f"{_count(len(layout.scenes), 'scene')} in {_count(len(rows), 'row')}, {full:.1%} full",
+        f"{counted(len(layout.scenes), 'scene')} in {counted(len(rows), 'row')}, {full:.1%} full",
         size=(11.0, row_height * len(rows) + 0.75),
     )
     left, width = 0.85, 9.8  # inches
@@ -38,30 +36,29 @@ def packing_figure(layout: Layout, rows: Sequence[Sequence[int]], *, budget: int
             start = at
             for index in layout.scene_shots[scene]:
                 shot, name = layout.shots[index], names[index]
-                face = _shade(colour, 0.35 if shot.role == "global" else 0.0)
+                face = shade(colour, 0.35 if shot.role == "global" else 0.0)
                 axes.barh(place, shot.tokens, left=at, height=0.56, color=face, edgecolor="white", linewidth=1.0)
                 for label in (name, name.removeprefix("shot ")):
                     if shot.tokens > 0.08 * (len(label) + 1) * inch and row_height > 0.3:
-                        ink = "white" if _luminance(face) < 0.4 else _INK
+                        ink = "white" if luminance(face) < 0.4 else INK
                         axes.text(at + shot.tokens / 2, place, label, fontsize=8, color=ink, ha="center", va="center")
                         break
                 at += shot.tokens
             label = f"scene {scene + 1}: {at - start:,} tokens"
             if at - start > 0.08 * len(label) * inch and row_height > 0.5:
-                axes.text(start, place - 0.31, label, fontsize=8.5, fontweight="bold", color=_shade(colour, -0.4))
+                axes.text(start, place - 0.31, label, fontsize=8.5, fontweight="bold", color=shade(colour, -0.4))
         if at < budget:
             axes.barh(place, budget - at, left=at, height=0.56, color="white", edgecolor="0.75", hatch="////")
             label = f"{budget - at:,} free"
             if budget - at > 0.08 * len(label) * inch and row_height > 0.3:
-                style: dict[str, Any] = {"fontsize": 8, "color": "0.35", "ha": "center", "va": "center"}
                 clear = {"facecolor": "white", "edgecolor": "none", "pad": 2.0}
-                axes.text((at + budget) / 2, place, label, bbox=clear, **style)
+                middle = (at + budget) / 2
+                axes.text(middle, place, label, fontsize=8, color="0.35", ha="center", va="center", bbox=clear)
     if row_height > 0.3:
         axes.set_yticks(range(len(rows)), [f"row {k}" for k in range(1, len(rows) + 1)])
     else:
         axes.set_yticks([])
-    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-    axes.xaxis.set_major_formatter(FuncFormatter(_tokens))
+    number_tokens(axes.xaxis, ticks=8)
     axes.set_xlabel("tokens", fontsize=9, color="0.25")
     axes.tick_params(labelsize=9, colors="0.25", length=3)
     axes.tick_params(axis="y", length=0)

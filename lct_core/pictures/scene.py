@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lct_core.data import write_video
+from lct_core.pictures.sheet import SceneRows, contact_sheet
 
 
 def write_views(out: Path, texts: Sequence[str], frames: Sequence[Tensor], *, label: str, fps: float) -> list[Path]:
@@ -22,8 +23,6 @@ def write_views(out: Path, texts: Sequence[str], frames: Sequence[Tensor], *, la
     Returns:
         What was written.
     """
-    from lct_core.pictures.sheet import SceneRows, contact_sheet
-
     written = [out / "contact_sheet.png"]
     contact_sheet(written[0], [SceneRows(texts, {label: frames})])
     height, width = frames[0].shape[2:]

@@ -4,22 +4,21 @@ from pathlib import Path
 
 import click
 
-from lct_core.cli.options import seed
+from lct_core.cli import options
 
 
 @click.command("demo")
 @click.option(
     "--out",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=options.FOLDER,
     default=Path("runs/demo"),
-    show_default=True,
     help="Folder for metrics.json, pictures, videos, models and the data set.",
 )
 @click.option("--quick", is_flag=True, help="Under 90 seconds: the same code, weaker numbers.")
 @click.option(
     "--full", is_flag=True, help="Better numbers; errors over 12 shots in a row; composition from two images."
 )
-@seed
+@options.seed
 def command(out: Path, quick: bool, full: bool, seed: int) -> None:
     """Train, retrofit, tune and generate, in minutes on two cores.
 
@@ -38,5 +37,5 @@ def command(out: Path, quick: bool, full: bool, seed: int) -> None:
 
     if quick and full:
         raise ValueError("--quick, --full: got both, expected one or none")
-    make = settings.quick if quick else settings.full if full else settings.Settings
+    make = settings.quick if quick else settings.full if full else settings.DemoSettings
     run(out, make(seed=seed), console=Console(highlight=False))
