@@ -1,4 +1,4 @@
-"""Attention over a plan: validation, the readable reference that defines it, and the kernel that runs everywhere."""
+"""Attention over a plan: what comes in is checked, and the kernel that the registry chooses computes it."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -9,8 +9,7 @@ from torch import Tensor
 
 from lct_core._describe import describe
 from lct_core.plan import AttentionPlan
-from lct_core.plugins.hooks import KernelRequest
-from lct_core.plugins.registry import registry
+from lct_core.plugins import KernelRequest, registry
 
 
 def attend(

@@ -10,8 +10,7 @@ from torch import Tensor, stack
 from torch.nn import functional as F
 
 from lct_core._describe import describe
-from lct_core.backbone.adapter import Backbone
-from lct_core.backbone.inputs import ShotInput
+from lct_core.backbone import Backbone, ShotInput
 from lct_core.engine.scene import Scene, as_scenes, noise_levels
 from lct_core.patterns import Pattern
 from lct_core.scene_model import SceneModel

@@ -10,8 +10,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 Latents = Float[Tensor, " batch *rest"]
-
-
 Level = Float[Tensor, " batch"]
 
 
@@ -86,9 +84,9 @@ class VariancePreserving:
     The model predicts v = cos(phi) eps - sin(phi) z_0 (Salimans and Ho, arXiv 2202.00512, appendix D), which is
     dz/dphi; so dz/dt = phi'(t) v. The schedule that the model was trained with, N discrete timesteps, gives the angles:
     level (n + 1) / N is its timestep n, where cos(phi) squared is ``alphas_cumprod[n]``; level 0 is clean, and phi is
-    linear between (ours). Where the slope of phi jumps, at the timesteps, it is that of the interval below: samplers go
-    down. Near level 0 phi goes like the square root of the level, so a sampler's :meth:`step` turns by the angle and
-    does not go straight on: that is DDIM (Song et al., arXiv 2010.02502) with the model's v held over the step.
+    linear between (ours). At a knot use the lower interval's slope: samplers step toward t = 0. Near level 0 phi goes
+    like the square root of the level, so a sampler's :meth:`step` turns by the angle and does not go straight on: that
+    is DDIM (Song et al., arXiv 2010.02502) with the model's v held over the step.
 
     Args:
         alphas_cumprod: The schedule's share of data in the variance at every timestep, from cleanest to noisiest: it

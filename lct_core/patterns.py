@@ -1,15 +1,14 @@
-"""Who sees whom: functions from a layout to an attention plan (paper, 3.2.1 and 3.3)."""
+"""Attention patterns: which shots a shot sees, as functions from a layout to an attention plan (paper, 3.2.1 and 3.3).
+
+The first ones are of self-attention; those that end on ``_text`` are of cross-attention, from video to text.
+"""
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING
 
 from lct_core.layout import Layout, Range, consecutive
-
-if TYPE_CHECKING:
-    pass
 from lct_core.plan import AttentionPlan, Segment, merged
 
-Pattern = Callable[[Layout], "AttentionPlan"]
+Pattern = Callable[[Layout], AttentionPlan]
 
 
 def bidirectional(layout: Layout) -> AttentionPlan:
@@ -125,6 +124,21 @@ def seen_text(layout: Layout, plan: AttentionPlan) -> AttentionPlan:
 
 
 PATTERNS: dict[str, Pattern] = {"bidirectional": bidirectional, "context_causal": context_causal, "own_shot": own_shot}
+
+
+def named(pattern: str | Pattern) -> Pattern:
+    """A pattern by its name in :data:`PATTERNS`; a function is returned as it is.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    if callable(pattern):
+        return pattern
+    if pattern not in PATTERNS:
+        raise ValueError(
+            f"pattern: got {pattern!r}, expected one of {list(PATTERNS)} or a function from a layout to a plan"
+        )
+    return PATTERNS[pattern]
 
 
 def _plan(layout: Layout, queries: Iterable[Range], keys: Iterable[Iterable[Range]]) -> AttentionPlan:

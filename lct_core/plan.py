@@ -1,7 +1,7 @@
-"""Attention patterns, as plans of ranges, and the forms in which kernels take them.
+"""``AttentionPlan``: which queries see which keys, as ranges of tokens, and the forms in which kernels take it.
 
-A pattern says which shots a shot sees. All of LCT's patterns are unions of rectangles: some consecutive queries, and
-the ranges of keys that all of them see. So a plan costs per shot, never per token, and no kernel needs a dense mask.
+Whatever LCT attends to is a union of rectangles: some consecutive queries, and the ranges of keys that all of them see.
+So a plan costs memory and time per shot, never per token, and no kernel needs a dense mask.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -32,6 +32,20 @@ class Segment(NamedTuple):
     def num_keys(self) -> int:
         """How many keys each of the queries sees."""
         return sum(keys.size for keys in self.keys)
+
+
+def merged(ranges: Iterable[tuple[int, int]]) -> tuple[Range, ...]:
+    """Ranges in order, without the empty ones, those that touch or overlap made one."""
+    ranges = list(ranges)
+    if backward := [tuple(r) for r in ranges if r[0] > r[1]]:
+        raise ValueError(f"segments: key ranges {backward} stop before they start")
+    out: list[Range] = []
+    for start, stop in sorted(r for r in ranges if r[0] < r[1]):
+        if out and start <= out[-1].stop:
+            out[-1] = Range(out[-1].start, max(stop, out[-1].stop))
+        else:
+            out.append(Range(start, stop))
+    return tuple(out)
 
 
 class Varlen(NamedTuple):
@@ -206,20 +220,6 @@ class AttentionPlan:
             return sees[segment_of[query], interval_of[key]]
 
         return mask_mod
-
-
-def merged(ranges: Iterable[tuple[int, int]]) -> tuple[Range, ...]:
-    """Ranges in order, without the empty ones, those that touch or overlap made one."""
-    ranges = list(ranges)
-    if backward := [tuple(r) for r in ranges if r[0] > r[1]]:
-        raise ValueError(f"segments: key ranges {backward} stop before they start")
-    out: list[Range] = []
-    for start, stop in sorted(r for r in ranges if r[0] < r[1]):
-        if out and start <= out[-1].stop:
-            out[-1] = Range(out[-1].start, max(stop, out[-1].stop))
-        else:
-            out.append(Range(start, stop))
-    return tuple(out)
 
 
 def _overlaps(sets: Sequence[Iterable[Range]], size: int, block: int) -> Int[Tensor, "sets blocks"]:

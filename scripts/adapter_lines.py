@@ -12,7 +12,7 @@ from statistics import median
 from typing import NamedTuple
 
 BACKBONES = Path(__file__).parents[1] / "backbones" / "lct_backbones"
-NOT_ADAPTERS = {"plugin.py", "mmdit.py"}  # the second holds a whole model
+NOT_ADAPTERS = {"plugin.py", "support.py", "mmdit.py"}  # the last holds a whole model
 
 
 class Lines(NamedTuple):

@@ -95,8 +95,8 @@ class DiffusersBackbone(Backbone):
         extras, latents, text = dict(inputs.extras), inputs.latents, inputs.text
         if "condition" in extras:
             latents = torch.cat([latents, extras.pop("condition")], dim=1)
-        if "timestep_mask" in extras:
-            timestep = token_timesteps(timestep, extras.pop("timestep_mask"), self.traits.patch)
+        if (mask := self.traits.noisy_mask) in extras:
+            timestep = token_timesteps(timestep, extras.pop(mask), self.traits.patch)
         if self.traits.text_mask is not None:
             extras.setdefault(self.traits.text_mask, text.new_ones(text.shape[:2], dtype=torch.bool))
         return {"hidden_states": latents, "timestep": timestep, "encoder_hidden_states": text, **extras}

@@ -59,6 +59,7 @@ class CosmosBackbone(DiffusersBackbone):
             text_width=config.crossattn_proj_in_channels if config.use_crossattn_projection else config.text_embed_dim,
             text="cross",
             text_mask="attention_mask",
+            noisy_mask="timestep_mask",
             pairing="half",
             timesteps=(0.0, 1.0),
             extras=extras,

@@ -56,6 +56,7 @@ class LTXBackbone(DiffusersBackbone):
             text_width=config.caption_channels,
             text="cross",
             text_mask="encoder_attention_mask",
+            noisy_mask="timestep_mask",
             unit=(frames * t / self.rate, height * p, width * p),
             extras=extras | {name: Extra(None, positive=name == self.numbers[0]) for name in self.numbers},
         )

@@ -42,7 +42,7 @@ class WanBackbone(DiffusersBackbone):
         if config.image_dim is not None:
             extras[_IMAGE] = Extra((config.pos_embed_seq_len or "tokens", config.image_dim), required=True, image=True)
             traits["text_tokens"] = (_TEXT, _TEXT)
-        return self.common(config, extras=extras, **traits)
+        return self.common(config, extras=extras, noisy_mask="timestep_mask", **traits)
 
     def arguments(self, inputs: ShotInput, timestep: Tensor) -> dict[str, Any]:
         """Two images of a shot as entries of the batch."""

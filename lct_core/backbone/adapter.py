@@ -1,7 +1,7 @@
-"""What an adapter tells the engine about a single-shot DiT, and the specs that a plugin announces.
+"""The protocol of an adapter: how the engine runs a single-shot DiT block by block.
 
 An adapter splits every block, per shot, around its attention: :meth:`Backbone.qkv` before it, :meth:`Backbone.finish`
-after. Everything between is the engine's (:mod:`lct_core.scene_model`): coordinates, rotation, joining, plan and cache.
+after. Everything between is the engine's (:mod:`lct_core.engine`): coordinates, rotation, joining, plan and cache.
 """
 
 from abc import ABC, abstractmethod
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lct_core._describe import describe
 from lct_core.backbone.inputs import ShotInput
-from lct_core.backbone.traits import _OF_LATENTS, Extra, Traits, _check_device, _check_number, _words
+from lct_core.backbone.traits import Extra, Traits, check_extras, check_inputs
 from lct_core.coordinates import shot_coordinates
 from lct_core.layout import Shot
 from lct_core.rope import Rotation, rotate, rotation
@@ -23,7 +23,7 @@ from lct_core.rope import Rotation, rotate, rotation
 Joint = Literal["joined", "own_shot", "text"]
 Tokens = Literal["all", "video"]
 
-_ANY_SIZE = 5  # of an axis of an extra that may have any, in random inputs
+_ANY_SIZE = 5  # size used for unconstrained axes in random inputs
 
 
 @dataclass
@@ -159,42 +159,13 @@ class Backbone(ABC):
         """The token counts of one shot with latents and text (default: the text as it comes, and the latents' patches).
 
         Raises:
-            ValueError: naming what came, for latents or text that the model cannot take.
+            ValueError: naming what came, for latents, text or extras that the model cannot take.
         """
-        traits, latents, text = self.traits, inputs.latents, inputs.text
-        for name, value, source in (("latents", latents, "VAE"), ("text", text, "text encoder")):
-            if not isinstance(value, Tensor) or not value.is_floating_point():
-                came = f"a tensor of {value.dtype}" if isinstance(value, Tensor) else describe(value)
-                raise ValueError(f"{name}: got {came}, expected a floating-point tensor of the model's {source}")
-        if latents.ndim != 5 or latents.shape[1] != traits.latent_channels or not len(latents):
-            others = [name for name, extra in traits.extras.items() if extra.has_channels and extra.follows_latents]
-            fix = f"; other channels are extras: {others}" if others else ""
-            raise ValueError(
-                f"latents: got {describe(latents)}, expected [batch, {traits.latent_channels}, frames, height, width], "
-                f"a batch of 1 or more{fix}"
-            )
-        if text.ndim != 3 or text.shape[2] != traits.text_width or len(text) != len(latents):
-            raise ValueError(
-                f"text: got {describe(text)}, expected [{len(latents)}, tokens, {traits.text_width}]: "
-                "one encoded prompt for every entry of the batch"
-            )
-        _check_device("text", text, latents)
-        least, most = traits.text_tokens
-        if text.shape[1] < least or (most is not None and text.shape[1] > most):
-            wanted = f"{least}" if most == least else f"{least} or more" if most is None else f"{least} to {most}"
-            raise ValueError(
-                f"text: got {text.shape[1]} tokens, expected {wanted}; encode and pad the prompt as the model's own "
-                "pipeline does, an empty prompt too"
-            )
-        if any(size % patch or not size for size, patch in zip(latents.shape[2:], traits.patch, strict=True)):
-            raise ValueError(
-                f"latents: got frames, height, width {tuple(latents.shape[2:])}, expected positive multiples "
-                f"of the patch {traits.patch}; crop or pad the video"
-            )
-        self._check_extras(inputs)
-        frames, height, width = (size // patch for size, patch in zip(latents.shape[2:], traits.patch, strict=True))
-        grid = (0, 0, 0) if traits.text == "cross" and inputs.role == "global" else (frames, height, width)
-        return Shot(text=text.shape[1], grid=grid, role=inputs.role)
+        check_inputs(inputs, self.traits, model=type(self.model).__name__)
+        sizes = zip(inputs.latents.shape[2:], self.traits.patch, strict=True)
+        frames, height, width = (size // patch for size, patch in sizes)
+        grid = (0, 0, 0) if self.traits.text == "cross" and inputs.role == "global" else (frames, height, width)
+        return Shot(text=inputs.text.shape[1], grid=grid, role=inputs.role)
 
     def example(self, shot: Shot, *, batch: int, generator: torch.Generator, dtype: torch.dtype) -> ShotInput:
         """Random inputs of a shot with all its extras but the text mask, for tests and benchmarks.
@@ -211,28 +182,27 @@ class Backbone(ABC):
             for name, extra in self.traits.extras.items()
             if extra.shape is not None and name != self.traits.text_mask
         }
-        if "timestep_mask" in extras:  # each token clean or noisy, one of them noisy
-            per_frame = extras["timestep_mask"].ndim == 2
+        if (name := self.traits.noisy_mask) in extras:  # each token clean or noisy, one of them noisy
+            per_frame = extras[name].ndim == 2
             mask = torch.rand(batch, *shot.grid[: 1 if per_frame else 3], generator=generator) < 0.7
             mask.view(batch, -1)[:, 0] = True
             for axis in range(1, mask.ndim):
                 mask = mask.repeat_interleave(int(self.traits.patch[axis - 1]), dim=axis)
-            extras["timestep_mask"] = mask.to(dtype)
+            extras[name] = mask.to(dtype)
         return ShotInput(latents=latents.to(dtype), text=text.to(dtype), extras=extras, role=shot.role)
 
     def noisy(self, inputs: ShotInput) -> Tensor | None:
         """Where a shot's latents are at its noise level, and not a clean condition; None where all of them are.
 
         Boolean, ``[batch, 1, frames, height or 1, width or 1]``. What is clean stays as it is in sampling, and has no
-        loss in training. Default: the extra ``timestep_mask``, ``[batch, frames]`` or ``[batch, frames, height,
-        width]``, where the shot has it.
+        loss in training. Default: the extra that ``traits.noisy_mask`` names, where the shot has it.
 
         Raises:
             ValueError: for a mask of another shape, with other values than 0 and 1, or that cuts a token in two.
         """
-        if (mask := inputs.extras.get("timestep_mask")) is None:
+        if (mask := inputs.extras.get(self.traits.noisy_mask or "")) is None:
             return None
-        self._check_extras(inputs)
+        check_extras(inputs, self.traits, model=type(self.model).__name__)
         mask = mask.reshape(len(mask), 1, *mask.shape[1:], *[1] * (4 - mask.ndim))
         (t, h, w), spatial = self.traits.patch, mask.shape[3:] != (1, 1)
         patches = mask.unfold(2, t, t)
@@ -241,8 +211,9 @@ class Backbone(ABC):
         patches = patches.flatten(5)
         if not bool(((patches == 0).all(-1) | (patches == 1).all(-1)).all()):
             raise ValueError(
-                "extras: timestep_mask has other values than 0 and 1, or both in one token, expected 0 where latents "
-                f"are clean, 1 where they are at the shot's noise level, alike in every patch of {self.traits.patch}"
+                f"extras: {self.traits.noisy_mask} has other values than 0 and 1, or both in one token, expected 0 "
+                "where latents are clean, 1 where they are at the shot's noise level, alike in every patch of "
+                f"{self.traits.patch}"
             )
         return mask.bool()
 
@@ -281,44 +252,5 @@ class Backbone(ABC):
         return replace(inputs, text=text, extras=extras)
 
     def _extra_shape(self, extra: Extra, latents: Tensor) -> list[int]:
-        """The sizes of an extra's axes for some latents; an axis of any size gets one of ours."""
-        sizes = dict(zip(_OF_LATENTS, latents.shape[2:], strict=True))
-        return [axis if isinstance(axis, int) else sizes.get(axis, _ANY_SIZE) for axis in extra.shape or ()]
-
-    def _check_extras(self, inputs: ShotInput) -> None:
-        takes, latents = self.traits.extras, inputs.latents
-        if unknown := set(inputs.extras) - set(takes):
-            raise ValueError(
-                f"extras: got {sorted(unknown, key=str)}, which {type(self.model).__name__} does not take; "
-                f"it takes {sorted(takes) or 'none'}"
-            )
-        missing = [
-            name
-            for name, extra in takes.items()
-            if extra.required and name not in inputs.extras and name != self.traits.text_mask  # cut off by then
-            if inputs.role == "shot" or not (extra.image or extra.follows_latents)
-        ]
-        if missing:
-            shapes = [f"{name} {_words(('batch', *(takes[name].shape or ())))}" for name in missing]
-            raise ValueError(
-                f"extras: got {sorted(inputs.extras) or 'none'}, but this {type(self.model).__name__} also needs "
-                f"{', '.join(shapes)}; pass them as ShotInput(extras={{...}})"
-            )
-        sizes = dict(zip(_OF_LATENTS, latents.shape[2:], strict=True))
-        for name, value in inputs.extras.items():
-            if (shape := takes[name].shape) is None:
-                _check_number(name, value, positive=takes[name].positive)
-                continue
-            axes = [len(latents), *(sizes.get(axis, axis) if isinstance(axis, str) else axis for axis in shape)]
-            if (
-                not isinstance(value, Tensor)
-                or value.ndim != len(axes)
-                or any(isinstance(axis, int) and axis != size for axis, size in zip(axes, value.shape, strict=True))
-            ):
-                raise ValueError(f"extras: {name} is {describe(value)}, expected a tensor {_words(axes)}")
-            if value.is_complex() or (takes[name].has_channels and not value.is_floating_point()):
-                kind = "floating-point" if takes[name].has_channels else "real"
-                raise ValueError(f"extras: {name} is {value.dtype}, expected a {kind} tensor; call .to(latents.dtype)")
-            # a text mask may stay on the CPU, where its values are read without waiting for the device
-            if name != self.traits.text_mask or value.is_meta:
-                _check_device(f"extras: {name}", value, latents)
+        """The sizes of an extra's axes for some latents; an unconstrained axis gets one of ours."""
+        return [axis if isinstance(axis, int) else _ANY_SIZE for axis in extra.axes(latents)]

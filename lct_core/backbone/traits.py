@@ -8,11 +8,11 @@ from typing import Any, Literal, NamedTuple, get_args
 from torch import Tensor
 
 from lct_core._describe import describe
+from lct_core.backbone.inputs import ShotInput
 from lct_core.paths import Path, RectifiedFlow
 from lct_core.rope import Pairing
 
 TextPath = Literal["joint", "cross"]
-
 
 _OF_LATENTS = ("frames", "height", "width")
 
@@ -46,6 +46,11 @@ class Extra(NamedTuple):
         """Whether one of its axes has a size of the model's own, so that it is in floating point."""
         return any(isinstance(axis, int) for axis in self.shape or ())
 
+    def axes(self, latents: Tensor) -> list[int | str]:
+        """Its axes after the batch, beside some latents: sizes, and the names of those that may have any size."""
+        sizes = dict(zip(_OF_LATENTS, latents.shape[2:], strict=True))
+        return [sizes.get(axis, axis) if isinstance(axis, str) else axis for axis in self.shape or ()]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Traits:
@@ -69,6 +74,9 @@ class Traits:
         extras: What ``ShotInput.extras`` may hold, by name.
         text_mask: The extra that marks which text tokens are there and which are padding, ``[batch, tokens]``: padding
             is cut off before the model sees it (default: the model takes no such mask).
+        noisy_mask: The extra that marks which tokens are at the shot's noise level, 1, and which are a clean condition,
+            0: ``[batch, frames]`` or ``[batch, frames, height, width]`` of the latents, alike in every patch (default:
+            the model takes no such mask).
 
     Raises:
         ValueError: naming the trait, for a value that none of its kind can have.
@@ -89,6 +97,7 @@ class Traits:
     path: Path = field(default_factory=RectifiedFlow)
     extras: Mapping[str, Extra] = field(default_factory=dict)
     text_mask: str | None = None
+    noisy_mask: str | None = None
 
     def __post_init__(self) -> None:
         for name, kind in (("text", TextPath), ("pairing", Pairing)):
@@ -107,6 +116,87 @@ class Traits:
         """The model's own timestep at a noise level between 0, clean, and 1, noise."""
         clean, noise = self.timesteps
         return clean + (noise - clean) * level
+
+
+def check_inputs(inputs: ShotInput, traits: Traits, *, model: str) -> None:
+    """Refuse a shot whose latents, text or extras do not fit the traits of a model, called ``model`` in errors.
+
+    Raises:
+        ValueError: naming what came, what was expected, and the fix.
+    """
+    latents, text = inputs.latents, inputs.text
+    for name, value, source in (("latents", latents, "VAE"), ("text", text, "text encoder")):
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            came = f"a tensor of {value.dtype}" if isinstance(value, Tensor) else describe(value)
+            raise ValueError(f"{name}: got {came}, expected a floating-point tensor of the model's {source}")
+    if latents.ndim != 5 or latents.shape[1] != traits.latent_channels or not len(latents):
+        others = [name for name, extra in traits.extras.items() if extra.has_channels and extra.follows_latents]
+        fix = f"; other channels are extras: {others}" if others else ""
+        raise ValueError(
+            f"latents: got {describe(latents)}, expected [batch, {traits.latent_channels}, frames, height, width], "
+            f"a batch of 1 or more{fix}"
+        )
+    if text.ndim != 3 or text.shape[2] != traits.text_width or len(text) != len(latents):
+        raise ValueError(
+            f"text: got {describe(text)}, expected [{len(latents)}, tokens, {traits.text_width}]: "
+            "one encoded prompt for every entry of the batch"
+        )
+    _check_device("text", text, latents)
+    least, most = traits.text_tokens
+    if text.shape[1] < least or (most is not None and text.shape[1] > most):
+        wanted = f"{least}" if most == least else f"{least} or more" if most is None else f"{least} to {most}"
+        raise ValueError(
+            f"text: got {text.shape[1]} tokens, expected {wanted}; encode and pad the prompt as the model's own "
+            "pipeline does, an empty prompt too"
+        )
+    if any(size % patch or not size for size, patch in zip(latents.shape[2:], traits.patch, strict=True)):
+        raise ValueError(
+            f"latents: got frames, height, width {tuple(latents.shape[2:])}, expected positive multiples "
+            f"of the patch {traits.patch}; crop or pad the video"
+        )
+    check_extras(inputs, traits, model=model)
+
+
+def check_extras(inputs: ShotInput, traits: Traits, *, model: str) -> None:
+    """Refuse extras that a model does not take, that have another shape than it takes, or that are missing.
+
+    Raises:
+        ValueError: naming the extra, what came and what was expected.
+    """
+    takes, latents = traits.extras, inputs.latents
+    if unknown := set(inputs.extras) - set(takes):
+        raise ValueError(
+            f"extras: got {sorted(unknown, key=str)}, which {model} does not take; it takes {sorted(takes) or 'none'}"
+        )
+    missing = [
+        name
+        for name, extra in takes.items()
+        if extra.required and name not in inputs.extras and name != traits.text_mask  # cut off by then
+        if inputs.role == "shot" or not (extra.image or extra.follows_latents)
+    ]
+    if missing:
+        shapes = [f"{name} {_words(('batch', *(takes[name].shape or ())))}" for name in missing]
+        raise ValueError(
+            f"extras: got {sorted(inputs.extras) or 'none'}, but this {model} also needs "
+            f"{', '.join(shapes)}; pass them as ShotInput(extras={{...}})"
+        )
+    for name, value in inputs.extras.items():
+        if takes[name].shape is None:
+            _check_number(name, value, positive=takes[name].positive)
+            continue
+        axes = [len(latents), *takes[name].axes(latents)]
+        if (
+            not isinstance(value, Tensor)
+            or value.ndim != len(axes)
+            or any(isinstance(axis, int) and axis != size for axis, size in zip(axes, value.shape, strict=True))
+        ):
+            raise ValueError(f"extras: {name} is {describe(value)}, expected a tensor {_words(axes)}")
+        if value.is_complex() or (takes[name].has_channels and not value.is_floating_point()):
+            kind = "floating-point" if takes[name].has_channels else "real"
+            raise ValueError(f"extras: {name} is {value.dtype}, expected a {kind} tensor; call .to(latents.dtype)")
+        # a text mask may stay on the CPU, where its values are read without waiting for the device
+        if name != traits.text_mask or value.is_meta:
+            _check_device(f"extras: {name}", value, latents)
 
 
 def _check_number(name: str, value: Any, *, positive: bool) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, overload
+from typing import Any, NamedTuple, overload
 
 from jaxtyping import Float
 from torch import Tensor
@@ -129,16 +129,23 @@ def read_scene(
     shots: list[Tensor] = []
     for number, path in enumerate(_shot_files(folder, len(script.shots)), start=1):
         with _about(number, folder):
-            if is_video(path):
-                shots.append(read_video(path, area=area, multiple=multiple, fps=fps, max_frames=max_frames))
-            else:
-                shots.append(read_image(path, area=area, multiple=multiple))
+            shots.append(read_clip(path, area=area, multiple=multiple, fps=fps, max_frames=max_frames))
     return VideoScene(script=script, shots=tuple(shots), name=_name(folder))
 
 
-def is_video(path: str | Path) -> bool:
-    """Whether a file is named like a video, and not like an image."""
-    return Path(path).suffix[1:].lower() in _VIDEOS
+def read_clip(path: str | Path, **reading: Any) -> Float[Tensor, "3 frames height width"]:
+    """The frames of a video, or of an image by its name, RGB in [0, 1].
+
+    Args:
+        path: The file.
+        reading: Arguments of :func:`read_video`; an image takes ``area`` and ``multiple`` alone.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`read_video` and :func:`read_image` do.
+    """
+    if Path(path).suffix[1:].lower() in _VIDEOS:
+        return read_video(path, **reading)
+    return read_image(path, **{name: reading[name] for name in ("area", "multiple") if name in reading})
 
 
 def scene_folders(root: str | Path) -> list[Path]:

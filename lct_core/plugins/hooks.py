@@ -1,4 +1,8 @@
-"""What a plugin can announce: hooks, and the specs of backbones and kernels that they return."""
+"""What a plugin can announce: hooks, and the specs of backbones and kernels that they return.
+
+A plugin implements a hook by a function of its name, marked with :data:`hookimpl`. Specs are light: a model's or a
+kernel's library is imported when it is used, not when it is announced.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -11,6 +15,13 @@ from torch import Tensor
 
 from lct_core.plan import AttentionPlan
 
+hookspec = pluggy.HookspecMarker("lct")
+hookimpl = pluggy.HookimplMarker("lct")
+
+
+class PluginError(Exception):
+    """A plugin is broken, misspelt or clashes with another; the message says which and lists what there is."""
+
 
 class Kernel(Protocol):
     """An attention kernel: shapes as in :func:`lct_core.attend`, which has validated everything before."""
@@ -18,55 +29,6 @@ class Kernel(Protocol):
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float, /) -> Tensor:
         """Attend."""
         ...
-
-
-class Support(NamedTuple):
-    """One row of the support table: some models that are alike in all of it, in words.
-
-    Args:
-        models: Their names.
-        text: Text path: ``"joint"``, or ``"cross"`` where text is cross-attended.
-        positions: How tokens know their place.
-        path: Path from data to noise, and what the model predicts.
-        time: The model's own timesteps at noise levels 0 and 1.
-        images: Image conditions and other extras that matter.
-        tested: What runs in the tests.
-    """
-
-    models: str
-    text: str
-    positions: str
-    path: str
-    time: str
-    images: str
-    tested: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class BackboneSpec:
-    """What a plugin announces about a backbone family: light data, no model library is imported for it.
-
-    Args:
-        name: Unique among all plugins.
-        summary: One line for ``lct backbones``.
-        handles: Full names of the model classes that the adapter takes, ``"package.module.Class"``.
-        adapter: Where the :class:`Backbone` is, ``"package.module:Class"``.
-        build: Where a function is that makes a model from keyword arguments, ``"package.module:function"``.
-        config: Arguments that make the family's usual model, where those that the class has by default do not.
-        tested_with: Versions of the model's library that the adapter was tested with, for people.
-        refuses: Classes that look servable and are not, by full name, with the reason.
-        support: What the family's models are like: the rows of the support table.
-    """
-
-    name: str
-    summary: str
-    handles: tuple[str, ...]
-    adapter: str
-    build: str | None = None
-    config: Mapping[str, Any] = field(default_factory=dict)
-    tested_with: str = ""
-    refuses: Mapping[str, str] = field(default_factory=dict)
-    support: tuple[Support, ...] = ()
 
 
 class KernelRequest(NamedTuple):
@@ -119,14 +81,53 @@ class KernelSpec:
         return self.rank(request) if callable(self.rank) else self.rank
 
 
-hookspec = pluggy.HookspecMarker("lct")
+class Support(NamedTuple):
+    """One row of the support table: some models that are alike in all of it, in words.
+
+    Args:
+        models: Their names.
+        text: Text path: ``"joint"``, or ``"cross"`` where text is cross-attended.
+        positions: How tokens know their place.
+        path: Path from data to noise, and what the model predicts.
+        time: The model's own timesteps at noise levels 0 and 1.
+        images: Image conditions and other extras that matter.
+        tested: What runs in the tests.
+    """
+
+    models: str
+    text: str
+    positions: str
+    path: str
+    time: str
+    images: str
+    tested: str
 
 
-hookimpl = pluggy.HookimplMarker("lct")
+@dataclass(frozen=True, kw_only=True)
+class BackboneSpec:
+    """What a plugin announces about a backbone family: light data, no model library is imported for it.
 
+    Args:
+        name: Unique among all plugins.
+        summary: One line for ``lct backbones``.
+        handles: Full names of the model classes that the adapter takes, ``"package.module.Class"``.
+        adapter: Where the :class:`lct_core.Backbone` is, ``"package.module:Class"``.
+        build: Where a function is that makes a model from keyword arguments, ``"package.module:function"``.
+        config: Arguments that make the family's usual model, where those that the class has by default do not.
+        tested_with: Versions of the model's library that the adapter was tested with, for people.
+        refuses: Classes that look servable and are not, by full name, with the reason.
+        support: What the family's models are like: the rows of the support table.
+    """
 
-class PluginError(Exception):
-    """A plugin is broken, misspelt or clashes with another; the message says which and lists what there is."""
+    name: str
+    summary: str
+    handles: tuple[str, ...]
+    adapter: str
+    build: str | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
+    tested_with: str = ""
+    refuses: Mapping[str, str] = field(default_factory=dict)
+    support: tuple[Support, ...] = ()
 
 
 class Hooks:

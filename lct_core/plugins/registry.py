@@ -15,7 +15,7 @@ import pluggy
 import torch
 from torch import nn
 
-from lct_core.backbone.adapter import Backbone
+from lct_core.backbone import Backbone
 from lct_core.plugins import torch_kernels
 from lct_core.plugins.hooks import BackboneSpec, Hooks, Kernel, KernelRequest, KernelSpec, PluginError
 

@@ -57,7 +57,7 @@ class _Visible(torch.autograd.Function):
     def forward(ctx: Any, k: Tensor, v: Tensor, ranges: tuple[Range, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         ctx.ranges, ctx.shapes = ranges, (k.shape, v.shape)
         ctx.set_materialize_grads(False)
-        return k, v, _gather(k, ranges), _gather(v, ranges)
+        return k, v, gather(k, ranges), gather(v, ranges)
 
     @staticmethod
     @once_differentiable
@@ -70,7 +70,8 @@ class _Visible(torch.autograd.Function):
         return dk, dv, None
 
 
-def _gather(x: Tensor, ranges: tuple[Range, ...]) -> Tensor:
+def gather(x: Tensor, ranges: tuple[Range, ...]) -> Tensor:
+    """Some ranges of keys: a view where they are one."""
     parts = [x[:, r.slice] for r in ranges]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 

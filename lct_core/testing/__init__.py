@@ -1,5 +1,5 @@
-"""What proves an adapter or a kernel: the conformance suite, its tolerances, and hypothesis strategies.
+"""What proves an adapter or a kernel: the conformance suites, their tolerances, and hypothesis strategies.
 
-``conformance``, ``tolerances`` and ``definition`` need nothing but the library; ``strategies`` needs the ``testing``
-extra.
+``conformance`` (of adapters), ``kernels``, ``definition``, ``oracle`` and ``tolerances`` need nothing but the library;
+``strategies`` needs the ``testing`` extra.
 """

@@ -1,4 +1,4 @@
-"""The conformance suite: what must hold for every adapter and every kernel, measured on theirs.
+"""The conformance suite: what must hold for every adapter, measured on one.
 
 ``lct conformance MODULE:FACTORY`` runs it; so does a test::
 
@@ -13,47 +13,24 @@ import pickle
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lct_core.backbone.adapter import Backbone
-from lct_core.backbone.inputs import ShotInput
+from lct_core.backbone import Backbone, ShotInput
 from lct_core.cache import KVCache
 from lct_core.coordinates import Scheme
 from lct_core.engine.visibility import TextScope
 from lct_core.layout import Shot
 from lct_core.losses import tuning_loss
-from lct_core.plugins.registry import registry
+from lct_core.plugins import registry
 from lct_core.scene_model import SceneModel, retrofit
 from lct_core.testing.definition import definition
+from lct_core.testing.findings import Finding, short
+from lct_core.testing.kernels import kernel_conformance as kernel_conformance  # known by this place too
 from lct_core.testing.tolerances import BOUNDS, error
 
 Factory = Callable[[], nn.Module | Backbone]
-
-
-class Finding(NamedTuple):
-    """One measurement.
-
-    Args:
-        invariant: Its number, 1 to 9.
-        name: What must hold.
-        case: Scheme, pattern and dtype that it was measured in.
-        error: What was measured, see :mod:`lct_core.testing.tolerances`.
-        bound: What is allowed.
-    """
-
-    invariant: int
-    name: str
-    case: str
-    error: float
-    bound: float
-
-    @property
-    def holds(self) -> bool:
-        """Whether the error is within its bound."""
-        return self.error <= self.bound
 
 
 def conformance(
@@ -132,8 +109,15 @@ class _Case:
         shots, t = self._inputs()
         return [self.adapter.single_shot(x, self.adapter.traits.timestep(t[:, i])) for i, x in enumerate(shots)]
 
+    def _alone(self) -> list[Tensor]:
+        """Every shot as a scene of its own."""
+        shots, t = self._inputs()
+        return [self.model([shot], t[:, i : i + 1])[0] for i, shot in enumerate(shots)]
+
     def _base_error(self) -> float:
-        """What the model's own forward errs in this dtype."""
+        """What the model's own forward errs in a dtype below float32."""
+        if self.dtype == torch.float32:
+            return 0.0
         adapter = copy.deepcopy(self.adapter)
         adapter.cast(torch.float32)
         shots, t = self._inputs()
@@ -150,36 +134,24 @@ class _Case:
         changed = self.keys != list(self.adapter.model.state_dict())
         added = sum(p.numel() for p in self.adapter.model.parameters()) - self.parameters
         yield Finding(1, "same state_dict keys and parameter count", self._name(), float(changed) + abs(added), 0.0)
-        shots, t = self._inputs()
-        alone = [self.model([shot], t[:, i : i + 1])[0] for i, shot in enumerate(shots)]
+        alone = self._alone()
         alike = all(a.shape == b.shape and a.dtype == b.dtype for a, b in zip(alone, before, strict=True))
         yield Finding(1, "shape and dtype of the base model's output", self._name(), float(not alike), 0.0)
         if self.scheme == "anchored":
-            own = self._base_error() if self.dtype != torch.float32 else 0.0
+            own = self._base_error()
             yield self._finding(1, "one shot equals the base model", self.one_shot, alone, before, own=own)
 
     def _definition(self) -> Iterator[Finding]:
+        shots, t = self._inputs()
+        others, _ = self._inputs(seed=1)
         for pattern in ("bidirectional", "context_causal"):
-            yield from self._definition_in(pattern)
+            got, truth, own = self.model([shots], t, pattern=pattern)[0], self._truth(pattern), self._own_error(pattern)
+            yield self._finding(2, "equals the dense-mask definition", "definition", got, truth, pattern, own=own)
+            changed = self.model([others[0], *shots[1:]], t, pattern=pattern)
+            deaf, name = error(changed[2], got[2]) <= 1e-3, "shots see one another (else the rest proves nothing)"
+            yield Finding(2, name, self._name(pattern), float(deaf), 0.0)
         if self.adapter.traits.text == "cross":
             yield from self._heard()
-
-    def _definition_in(self, pattern: str) -> Iterator[Finding]:
-        shots, t = self._inputs()
-        got = self.model([shots], t, pattern=pattern)[0]
-        yield self._finding(
-            2,
-            "equals the dense-mask definition",
-            "definition",
-            got,
-            self._truth(pattern),
-            pattern,
-            own=self._own_error(pattern),
-        )
-        others, _ = self._inputs(seed=1)
-        changed = self.model([others[0], *shots[1:]], t, pattern=pattern)
-        deaf = error(changed[2], got[2]) <= 1e-3
-        yield Finding(2, "shots see one another (else the rest proves nothing)", self._name(pattern), float(deaf), 0.0)
 
     def _heard(self) -> Iterator[Finding]:
         """Where text is cross-attended: who hears which prompt, the global one without video among them."""
@@ -213,28 +185,26 @@ class _Case:
         shots, t = self._inputs()
         own = self._own_error("context_causal")
         full = self.model(shots, t, pattern="context_causal")
-        cache, outputs = KVCache(), []
+        outputs, _ = self._one_by_one(shots, t)
+        yield self._finding(4, "cached equals uncached", "cached", outputs, full, "context_causal", own=own)
+        _, cache = self._one_by_one(shots[:1], t)
+        together = self.model(shots[1:], t[:, 1:], pattern="context_causal", cache=cache)
+        name = "several shots behind a history"
+        yield self._finding(4, name, "cached", together, full[1:], "context_causal", own=own)
+
+        scene, levels = [self._prompt(shots[0]), *shots[1:]], torch.cat([torch.zeros_like(t[:, :1]), t[:, 1:]], dim=1)
+        full = self.model(scene, levels, pattern="context_causal")
+        outputs, _ = self._one_by_one(scene, levels)
+        name = "cached behind a global shot equals uncached"
+        yield self._finding(4, name, "cached", outputs[1:], full[1:], "context_causal", own=own)
+
+    def _one_by_one(self, shots: Sequence[ShotInput], t: Tensor) -> tuple[list[Tensor], KVCache]:
+        """The outputs of shots that are run one behind the other, and the history that they leave."""
+        cache, outputs = KVCache(), list[Tensor]()
         for i, shot in enumerate(shots):
             outputs += self.model([shot], t[:, i : i + 1], pattern="context_causal", cache=cache)
             cache.append(i)
-        yield self._finding(4, "cached equals uncached", "cached", outputs, full, "context_causal", own=own)
-        cache = KVCache()
-        self.model(shots[:1], t[:, :1], cache=cache)
-        cache.append("first")
-        together = self.model(shots[1:], t[:, 1:], pattern="context_causal", cache=cache)
-        yield self._finding(
-            4, "several shots behind a history", "cached", together, full[1:], "context_causal", own=own
-        )
-
-        prompt = self._prompt(shots[0])
-        scene, levels = [prompt, *shots[1:]], torch.cat([torch.zeros_like(t[:, :1]), t[:, 1:]], dim=1)
-        full = self.model(scene, levels, pattern="context_causal")
-        cache, outputs = KVCache(), []
-        for i, shot in enumerate(scene):
-            outputs += self.model([shot], levels[:, i : i + 1], pattern="context_causal", cache=cache)
-            cache.append(i)
-        name = "cached behind a global shot equals uncached"
-        yield self._finding(4, name, "cached", outputs[1:], full[1:], "context_causal", own=own)
+        return outputs, cache
 
     def _packed(self) -> Iterator[Finding]:
         shots, t = self._inputs()
@@ -268,15 +238,8 @@ class _Case:
             self.adapter.model.zero_grad()
             plain, checkpointed = (torch.cat(g) for g in gradients)
             own = self._own_error(pattern) if self.dtype != torch.float32 else 0.0
-            yield self._finding(
-                6,
-                "gradients with checkpointing equal those without",
-                "checkpointed",
-                [checkpointed],
-                [plain],
-                pattern,
-                own=own,
-            )
+            name = "gradients with checkpointing equal those without"
+            yield self._finding(6, name, "checkpointed", [checkpointed], [plain], pattern, own=own)
 
     def _shifted(self) -> Iterator[Finding]:
         if self.adapter.traits.pairing is None:
@@ -289,19 +252,9 @@ class _Case:
         moved = retrofit(shifted.model, scheme=self.scheme, backbone=shifted, text=self.text)
         for pattern in ("bidirectional", "context_causal"):
             got, expected = (m(shots, t, pattern=pattern) for m in (moved, self.model))
-            yield self._finding(
-                7,
-                "moving a whole scene changes nothing",
-                "shifted",
-                got,
-                expected,
-                pattern,
-                own=self._own_error(pattern),
-            )
-        cache = KVCache()
-        for i in range(2):
-            self.model([shots[i]], t[:, i : i + 1], pattern="context_causal", cache=cache)
-            cache.append(i)
+            own = self._own_error(pattern)
+            yield self._finding(7, "moving a whole scene changes nothing", "shifted", got, expected, pattern, own=own)
+        _, cache = self._one_by_one(shots[:2], t)
         expected = self.model(shots[2:], t[:, 2:], cache=cache)
         cache.reposition([entry.origin + 64 for entry in cache.shots])
         got = self.model(shots[2:], t[:, 2:], cache=cache)
@@ -318,9 +271,7 @@ class _Case:
             parameter.mul_(1.25)
         changed = self.model(shots, t)
         if self.scheme == "anchored":
-            alone = [self.model([shot], t[:, i : i + 1])[0] for i, shot in enumerate(shots)]
-            own = self._base_error() if self.dtype != torch.float32 else 0.0
-            base = self._single_shots()
+            alone, base, own = self._alone(), self._single_shots(), self._base_error()
             yield self._finding(8, "weights that change are the weights that run", self.one_shot, alone, base, own=own)
         for name, twin in zip(("a deep copy", "a pickle round trip"), copies, strict=True):
             yield self._finding(8, f"{name} runs its own weights", "copies", twin(shots, t), expected)
@@ -406,7 +357,7 @@ class _Case:
         return Finding(invariant, name, self._name(pattern), worst, BOUNDS[self.dtype][bound].given(own))
 
     def _name(self, pattern: str = "") -> str:
-        return ", ".join(filter(None, (self.scheme, pattern, _short(self.dtype))))
+        return ", ".join(filter(None, (self.scheme, pattern, short(self.dtype))))
 
 
 def _cast(shot: ShotInput, dtype: torch.dtype) -> ShotInput:
@@ -425,7 +376,3 @@ def _cast(shot: ShotInput, dtype: torch.dtype) -> ShotInput:
 
 def _flat(scenes: Sequence[Sequence[Tensor]]) -> list[Tensor]:
     return [out for scene in scenes for out in scene]
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from lct_core.backbone.adapter import Backbone, Joint, State
-from lct_core.backbone.inputs import ShotInput
+from lct_core.backbone import Backbone, ShotInput, State
+from lct_core.backbone.adapter import Joint
 from lct_core.layout import Shot
 
 

@@ -10,9 +10,8 @@ from lct_core.attention import attend
 from lct_core.layout import Layout, Range, Shot
 from lct_core.patterns import bidirectional, context_causal, own_and_global_text, selected_history
 from lct_core.plan import AttentionPlan
-from lct_core.plugins.hooks import KernelRequest
-from lct_core.plugins.registry import registry
-from lct_core.testing.conformance import Finding, _short
+from lct_core.plugins import KernelRequest, registry
+from lct_core.testing.findings import Finding, short
 from lct_core.testing.tolerances import BOUNDS, error
 
 _SCALE = 0.3
@@ -59,12 +58,12 @@ def kernel_conformance(
                     yield Finding(
                         9,
                         f"{name}: {what}",
-                        f"{case}, {heads}:{kv_heads} heads, {_short(dtype)}",
+                        f"{case}, {heads}:{kv_heads} heads, {short(dtype)}",
                         error(g, x),
                         BOUNDS[dtype]["kernel" if what == "output" else "kernel gradients"].given(error(p, x)),
                     )
         if not served:
-            raise ValueError(f"{name}: it refuses every plan in {_short(dtype)}: {'; '.join(dict.fromkeys(reasons))}")
+            raise ValueError(f"{name}: it refuses every plan in {short(dtype)}: {'; '.join(dict.fromkeys(reasons))}")
 
 
 def _plans() -> dict[str, AttentionPlan]:

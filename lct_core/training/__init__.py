@@ -1,7 +1,7 @@
 """The tuning recipe (paper, 3.4 and A.1): as pieces, and as one loop."""
 
-from lct_core.checkpoints.file import load_checkpoint, save_checkpoint
-from lct_core.training.examples import Example, Row, sample_row, scene_examples, single_shots, to_row
+from lct_core.checkpoints import load_checkpoint, save_checkpoint
+from lct_core.training.examples import Example, TrainingRow, sample_row, scene_examples, single_shots, to_row
 from lct_core.training.loop import Report, Training, train
 from lct_core.training.optimizer import EMA, adamw, cosine
 from lct_core.training.run import CHECKPOINT, METRICS, tune
@@ -13,9 +13,9 @@ __all__ = [
     "METRICS",
     "Example",
     "Report",
-    "Row",
     "Stage",
     "Training",
+    "TrainingRow",
     "adamw",
     "cosine",
     "load_checkpoint",

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lct_core.backbone.inputs import ShotInput, collate_shots
+from lct_core.backbone import ShotInput, collate_shots
 from lct_core.codec import Codec
 from lct_core.data import VideoScene
 from lct_core.layout import Layout, Shot
@@ -22,19 +22,19 @@ class Example(NamedTuple):
     noise: list[Tensor | None]
 
 
-class Row(NamedTuple):
+class TrainingRow(NamedTuple):
     """What :func:`lct_core.tuning_loss` takes: clean scenes side by side, a level for each shot, and noise."""
 
     scenes: list[list[ShotInput]]
     levels: Float[Tensor, "batch shots"]
     noise: list[list[Tensor | None]]
 
-    def to(self, device: torch.device) -> "Row":
+    def to(self, device: torch.device) -> "TrainingRow":
         """The same on a device; noise levels stay where they are."""
-        return Row(
+        return TrainingRow(
             [[shot.to(device) for shot in scene] for scene in self.scenes],
             self.levels,
-            [[_move(eps, device) for eps in scene] for scene in self.noise],
+            [[None if eps is None else eps.to(device) for eps in scene] for scene in self.noise],
         )
 
 
@@ -47,7 +47,7 @@ def sample_row(
     *,
     seed: int,
     single_shot_data: Sequence[VideoScene] | None = None,
-) -> Row:
+) -> TrainingRow:
     """Draw what a step trains on. The same arguments give the same row, in any process: a run can be resumed anywhere.
 
     Args:
@@ -127,7 +127,9 @@ def scene_examples(
     return examples
 
 
-def to_row(examples: Sequence[Example], *, generator: torch.Generator, mean: float = 0.0, std: float = 1.0) -> Row:
+def to_row(
+    examples: Sequence[Example], *, generator: torch.Generator, mean: float = 0.0, std: float = 1.0
+) -> TrainingRow:
     """Put examples in one row: as a batch where they are all of one layout, else side by side.
 
     Args:
@@ -151,10 +153,12 @@ def to_row(examples: Sequence[Example], *, generator: torch.Generator, mean: flo
         for example in examples
     ]
     if len({_layout(example) for example in examples}) > 1:
-        return Row([e.shots for e in examples], torch.cat(levels)[None], [e.noise for e in examples])
+        return TrainingRow([e.shots for e in examples], torch.cat(levels)[None], [e.noise for e in examples])
     columns = zip(*(example.shots for example in examples), strict=True)
     noise = zip(*(example.noise for example in examples), strict=True)
-    return Row([[collate_shots(shots) for shots in columns]], torch.stack(levels), [[_cat(draws) for draws in noise]])
+    return TrainingRow(
+        [[collate_shots(shots) for shots in columns]], torch.stack(levels), [[_cat(draws) for draws in noise]]
+    )
 
 
 def _example(shots: list[ShotInput], generator: torch.Generator) -> Example:
@@ -197,7 +201,3 @@ def _below(limit: int, generator: torch.Generator) -> int:
 def _chance(probability: float, generator: torch.Generator) -> bool:
     """True with a probability; takes one draw in any case."""
     return bool(torch.rand((), generator=generator, dtype=torch.float64) < probability)
-
-
-def _move(tensor: Tensor | None, device: torch.device) -> Tensor | None:
-    return None if tensor is None else tensor.to(device)

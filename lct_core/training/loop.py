@@ -12,8 +12,8 @@ from lct_core.data import VideoScene
 from lct_core.losses import tuning_loss
 from lct_core.noise import keyed_generator
 from lct_core.scene_model import SceneModel
-from lct_core.training.examples import Row, sample_row
-from lct_core.training.optimizer import EMA, adamw, cosine
+from lct_core.training.examples import TrainingRow, sample_row
+from lct_core.training.optimizer import EMA, adamw, check_settings, cosine
 from lct_core.training.stage import Stage
 
 
@@ -74,8 +74,9 @@ class Training:
         """Go on where a saved stage was.
 
         Raises:
-            ValueError: for a state of another model.
+            ValueError: for a state of another model, or of an optimiser with other betas, eps or weight decay.
         """
+        check_settings(state["optimizer"], self.optimizer)
         try:
             self.model.backbone.load_state_dict(state["model"])
         except RuntimeError as error:
@@ -130,7 +131,7 @@ def train(
             module.training = mode
 
 
-def _step(training: Training, row: Row, device: torch.device) -> Report:
+def _step(training: Training, row: TrainingRow, device: torch.device) -> Report:
     """One optimiser step; ``training`` is one step further, unless it raises."""
     stage, model, step = training.stage, training.model, training.step
     rate = stage.learning_rate * cosine(step, stage.steps, warm_up=stage.warm_up)
@@ -164,12 +165,9 @@ def _step(training: Training, row: Row, device: torch.device) -> Report:
 def _randomness(seed: int, stage: Stage, step: int, device: torch.device) -> Iterator[None]:
     """What draws from torch's global generators, a model's dropout or a codec's sampling, depends on the step alone."""
     drawn = keyed_generator("global", seed, stage.name, step).initial_seed()
-    if device.type == "cuda":
-        with torch.random.fork_rng(devices=[device]), torch.cuda.device(device):
-            torch.default_generator.manual_seed(drawn)
+    cuda = device.type == "cuda"
+    with torch.random.fork_rng(devices=[device] if cuda else []), torch.cuda.device(device) if cuda else nullcontext():
+        torch.default_generator.manual_seed(drawn)
+        if cuda:
             torch.cuda.manual_seed(drawn)
-            yield
-    else:
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(drawn)
-            yield
+        yield

@@ -1,12 +1,14 @@
 """AdamW, cosine decay and the moving average of the weights (paper, A.1)."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from math import cos, pi
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+_SETTINGS = ("betas", "eps", "weight_decay")  # of AdamW beside the learning rate, which is set at every step
 
 
 def adamw(parameters: Iterable[nn.Parameter], *, learning_rate: float = 1e-4) -> torch.optim.AdamW:
@@ -18,6 +20,21 @@ def adamw(parameters: Iterable[nn.Parameter], *, learning_rate: float = 1e-4) ->
     """
     trained = [p for p in parameters if p.requires_grad]
     return torch.optim.AdamW(trained, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+
+
+def check_settings(state: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> None:
+    """Refuse the saved state of an optimiser with other settings: loading it would put them in place of these.
+
+    Raises:
+        ValueError: naming the settings that differ.
+    """
+    for saved, own in zip(state["param_groups"], optimizer.param_groups, strict=False):
+        differences = [f"{name} = {saved[name]!r}, not {own[name]!r}" for name in _SETTINGS if saved[name] != own[name]]
+        if differences:
+            raise ValueError(
+                f"state: its optimizer has {', '.join(differences)}; go on with the settings that it began with, or "
+                "start another run"
+            )
 
 
 def cosine(step: int, steps: int, *, warm_up: float = 0.0) -> float:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lct_core.checkpoints.file import load_checkpoint, save_checkpoint
+from lct_core.checkpoints import load_checkpoint, save_checkpoint
 from lct_core.codec import Codec
 from lct_core.data import VideoScene
 from lct_core.scene_model import SceneModel
@@ -72,22 +72,23 @@ def tune(
         raise ValueError(f"save_every: got {save_every}, expected at least 1")
     settings = {"stages": [asdict(stage) for stage in stages], "seed": seed, "about": dict(about or {})}
     check_folder(out, resume=resume)
-    first, saved = 0, None
+    first = 0
+    training: Training | None
     if resume:
         saved = load_checkpoint(out / CHECKPOINT)
         _check_same(saved, settings, out / CHECKPOINT)
         first = names.index(saved["stage"])
-    if saved is None:  # a run that stops before its first checkpoint can be resumed too
+        training = Training(model, stages[first])
+        training.load_state_dict(saved["training"])
+        del saved  # its weights and moments are in the training now
+        _cut_log(out / METRICS, names, first, training.step)
+    else:  # a run that stops before its first checkpoint can be resumed too
         out.mkdir(parents=True, exist_ok=True)
-        _save(out, settings, Training(model, stages[0]))
-    if saved is not None:
-        _cut_log(out / METRICS, names, first, saved["training"]["step"])
+        training = Training(model, stages[first])
+        _save(out, settings, training)
     with (out / METRICS).open("a", encoding="utf-8", buffering=1) as log:  # whole lines, on disk at once
         for stage in stages[first:]:
-            training = Training(model, stage)
-            if saved is not None:
-                training.load_state_dict(saved["training"])
-                saved = None
+            training = training or Training(model, stage)
             started = perf_counter()
 
             def note(report: Report, started: float = started) -> None:
@@ -106,7 +107,7 @@ def tune(
                     on_step=note,
                 )
                 _save(out, settings, training)
-            del training  # its averages and moments make room for the next stage's
+            training = None  # its averages and moments make room for the next stage's
             save_checkpoint(
                 out / f"{stage.name}.pt",
                 {**settings, "stage": stage.name, "pattern": stage.pattern, "model": model.backbone.state_dict()},

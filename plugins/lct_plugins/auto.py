@@ -20,8 +20,8 @@ _SDPA = 100  # its rank, in the core
 _ANY: tuple[Form, ...] = get_args(Form)
 
 
-class Row(NamedTuple):
-    """What is tried before SDPA.
+class Preference(NamedTuple):
+    """Kernels that are tried before SDPA: a row of the table.
 
     Args:
         hardware: ``KernelRequest.hardware``, any of these.
@@ -37,14 +37,14 @@ class Row(NamedTuple):
 
 
 TABLE = (
-    Row(
+    Preference(
         ("sm_90",),
         _ANY,
         ("flash3",),
         "on Hopper, FA3's published rates of dense and packed attention are the highest; none is published for its "
         "calls on overlapping ranges. Without it SDPA, which is cuDNN there, is ahead of FA2 and FlexAttention",
     ),
-    Row(
+    Preference(
         ("sm_80", "sm_86", "sm_87", "sm_89"),
         ("packed", "overlapping", "gathered"),
         ("flash2", "flash-torch"),

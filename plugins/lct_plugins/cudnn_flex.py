@@ -13,9 +13,9 @@ from jaxtyping import Int
 from torch import Tensor
 
 from lct_core import AttentionPlan, Kernel, KernelRequest, KernelSpec
+from lct_plugins._limits import cute_limits
 
 _LEAST = (1, 29)  # the first frontend with Hopper's kernels
-_HARDWARE = ("sm_90", "sm_100", "sm_103")
 
 
 def cudnn_flex(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float) -> Tensor:
@@ -82,13 +82,7 @@ def _refusals(request: KernelRequest) -> list[str]:
             f"nvidia-cudnn-frontend: found {found}, expected {'.'.join(map(str, _LEAST))} or later; "
             "pip install nvidia-cudnn-frontend"
         )
-    if request.hardware not in _HARDWARE:
-        reasons.append(f"hardware {request.hardware}: expected one of {', '.join(_HARDWARE)}; use sdpa")
-    if request.dtype not in (torch.float16, torch.bfloat16):
-        reasons.append(f"dtype {request.dtype}: expected float16 or bfloat16; cast q, k and v or use sdpa")
-    if request.head_dim % 8 or not 8 <= request.head_dim <= 128:
-        reasons.append(f"head_dim {request.head_dim}: expected a multiple of 8, up to 128; use sdpa")
-    return reasons
+    return reasons + cute_limits(request)
 
 
 SPEC = KernelSpec(

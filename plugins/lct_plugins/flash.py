@@ -15,16 +15,26 @@ from importlib import import_module, metadata
 from importlib.util import find_spec
 from math import ceil
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lct_core import Kernel, KernelRequest, KernelSpec
-from lct_plugins.varlen import Provider, Sequences, attention
+from lct_plugins._limits import limits
+from lct_plugins.varlen import Provider, Sequences, attention, packed
 
 _MOST_SPLITS = 8
 _LEAST_KEYS = 4096  # of a split (ours, modelled): the splits' outputs are written, read and merged
 _LAST = 2**31 - 1  # what an int32 reaches
+_PLAIN2: dict[str, Any] = {  # attention without anything else, as FA2's functions take it
+    "dropout_p": 0.0,
+    "causal": False,
+    "window_size_left": -1,
+    "window_size_right": -1,
+    "softcap": 0.0,
+    "alibi_slopes": None,
+}
 _NO_FLASH3 = (
     "FlashAttention-3 is not installed: build flash_attn_3 from flash-attention's hopper folder, "
     "or install an xformers that bundles it (0.0.34)"
@@ -33,14 +43,8 @@ _NO_FLASH3 = (
 
 def forward3(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences | None, scale: float) -> tuple[Tensor, Tensor]:
     """FA3's forward pass, as :class:`lct_plugins.varlen.Provider` has it; needs its operators to be loaded."""
-    out, lse, *_ = torch.ops.flash_attn_3.fwd(
-        q,
-        k,
-        v,
-        **_packed(sequences),
-        softmax_scale=scale,
-        num_splits=splits(q, k.shape[1]) if sequences is None else 1,
-    )
+    ranges = splits(q, k.shape[1]) if sequences is None else 1
+    out, lse, *_ = torch.ops.flash_attn_3.fwd(q, k, v, **packed(sequences), softmax_scale=scale, num_splits=ranges)
     return out, lse
 
 
@@ -76,13 +80,9 @@ def backward3(
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))  # versions differ in what they return, not in what they fill
     one_by_one = sequences is None and max(map(_accumulated, (q, k))) > _LAST
     parts = (x.split(1 if one_by_one else len(x)) for x in (dout, q, k, v, out, lse, dq, dk, dv))
+    deterministic = torch.are_deterministic_algorithms_enabled()
     for part in zip(*parts, strict=True):
-        torch.ops.flash_attn_3.bwd(
-            *part,
-            **_packed(sequences),
-            softmax_scale=scale,
-            deterministic=torch.are_deterministic_algorithms_enabled(),
-        )
+        torch.ops.flash_attn_3.bwd(*part, **packed(sequences), softmax_scale=scale, deterministic=deterministic)
     return dq, dk, dv
 
 
@@ -94,27 +94,10 @@ def _accumulated(x: Tensor) -> int:
     return (x.shape[1] + 128) * x.shape[2] * 256
 
 
-def _packed(sequences: Sequences | None) -> dict[str, Tensor | int | None]:
-    return {} if sequences is None else sequences._asdict()
-
-
 def _forward2(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences | None, scale: float) -> tuple[Tensor, Tensor]:
     flash = import_module("flash_attn.flash_attn_interface")
     call = flash._flash_attn_forward if sequences is None else flash._flash_attn_varlen_forward
-    out, lse, *_ = call(
-        q,
-        k,
-        v,
-        **_packed(sequences),
-        dropout_p=0.0,
-        softmax_scale=scale,
-        causal=False,
-        window_size_left=-1,
-        window_size_right=-1,
-        softcap=0.0,
-        alibi_slopes=None,
-        return_softmax=False,
-    )
+    out, lse, *_ = call(q, k, v, **packed(sequences), **_PLAIN2, softmax_scale=scale, return_softmax=False)
     return out, lse
 
 
@@ -124,26 +107,9 @@ def _backward2(
     flash = import_module("flash_attn.flash_attn_interface")
     call = flash._flash_attn_backward if sequences is None else flash._flash_attn_varlen_backward
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
-    call(
-        dout,
-        q,
-        k,
-        v,
-        out,
-        lse,
-        dq,
-        dk,
-        dv,
-        **{name: value for name, value in _packed(sequences).items() if name != "seqused_k"},
-        dropout_p=0.0,
-        softmax_scale=scale,
-        causal=False,
-        window_size_left=-1,
-        window_size_right=-1,
-        softcap=0.0,
-        alibi_slopes=None,
-        deterministic=torch.are_deterministic_algorithms_enabled(),
-    )
+    tables = {name: value for name, value in packed(sequences).items() if name != "seqused_k"}
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    call(dout, q, k, v, out, lse, dq, dk, dv, **tables, **_PLAIN2, softmax_scale=scale, deterministic=deterministic)
     return dq, dk, dv
 
 
@@ -235,14 +201,8 @@ def _refusals_torch(request: KernelRequest) -> list[str]:
 
 def _limits(request: KernelRequest, served: bool, hardware: str) -> list[str]:
     """What all three refuse."""
-    reasons = []
-    if not served:
-        reasons.append(f"hardware {request.hardware}: expected {hardware}; use sdpa")
-    if request.dtype not in (torch.float16, torch.bfloat16):
-        reasons.append(f"dtype {request.dtype}: expected float16 or bfloat16; cast q, k and v or use sdpa")
-    if request.head_dim % 8 or request.head_dim > 256:
-        reasons.append(f"head_dim {request.head_dim}: expected a multiple of 8, at most 256; use sdpa")
-    return reasons
+    fits = request.head_dim % 8 == 0 and request.head_dim <= 256
+    return limits(request, hardware=hardware, head_dim="a multiple of 8, at most 256", runs=served, fits=fits)
 
 
 def _is_ampere(request: KernelRequest) -> bool:

@@ -7,24 +7,21 @@ log-sum-exp, which rectangles need. Its block-sparse kernels want a mask in CuTe
 
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from lct_core import Kernel, KernelRequest, KernelSpec
-from lct_plugins.varlen import Provider, Sequences, attention
-
-_HARDWARE = ("sm_90", "sm_100", "sm_103")
+from lct_plugins._limits import cute_limits
+from lct_plugins.varlen import Provider, Sequences, attention, packed
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences | None, scale: float) -> tuple[Tensor, Tensor]:
     """The output and the log-sum-exp, as :class:`lct_plugins.varlen.Provider` has it."""
     from flash_attn.cute.interface import _flash_attn_fwd
 
-    options = {} if sequences is None else sequences._asdict()
     with torch.cuda.device_of(q):
-        out, lse, *_ = _flash_attn_fwd(q, k, v, softmax_scale=scale, return_lse=True, **options)
+        out, lse, *_ = _flash_attn_fwd(q, k, v, softmax_scale=scale, return_lse=True, **packed(sequences))
     return out, lse
 
 
@@ -34,10 +31,11 @@ def backward(
     """The three gradients, as :class:`lct_plugins.varlen.Provider` has it."""
     from flash_attn.cute.interface import _flash_attn_bwd
 
-    options: dict[str, Any] = {} if sequences is None else sequences._asdict()
-    options["deterministic"] = torch.are_deterministic_algorithms_enabled()
+    deterministic = torch.are_deterministic_algorithms_enabled()
     with torch.cuda.device_of(q):
-        dq, dk, dv = _flash_attn_bwd(q, k, v, out, dout, lse, softmax_scale=scale, **options)
+        dq, dk, dv = _flash_attn_bwd(
+            q, k, v, out, dout, lse, softmax_scale=scale, deterministic=deterministic, **packed(sequences)
+        )
     return dq, dk, dv
 
 
@@ -48,13 +46,7 @@ def refusals(request: KernelRequest) -> list[str]:
         version("flash-attn-4")  # not "flash_attn": earlier versions have a package of that name too
     except PackageNotFoundError:
         reasons.append("no package flash-attn-4: pip install --pre flash-attn-4")
-    if request.hardware not in _HARDWARE:
-        reasons.append(f"hardware {request.hardware}: expected one of {', '.join(_HARDWARE)}; use sdpa")
-    if request.dtype not in (torch.float16, torch.bfloat16):
-        reasons.append(f"dtype {request.dtype}: expected float16 or bfloat16; cast q, k and v or use sdpa")
-    if request.head_dim % 8 or not 8 <= request.head_dim <= 128:
-        reasons.append(f"head_dim {request.head_dim}: expected a multiple of 8, up to 128; use sdpa")
-    return reasons
+    return reasons + cute_limits(request)
 
 
 def _load() -> Kernel:

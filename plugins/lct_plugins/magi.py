@@ -14,6 +14,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from lct_core import AttentionPlan, Kernel, KernelRequest, KernelSpec
+from lct_plugins._limits import limits
 
 
 class Pairs(NamedTuple):
@@ -57,13 +58,8 @@ def _refusals(request: KernelRequest) -> list[str]:
             "no magi_attention with its kernels (what the package index has is a placeholder): build it from "
             "https://github.com/SandAI-org/MagiAttention"
         )
-    if request.hardware != "sm_90":
-        reasons.append(f"hardware {request.hardware}: expected sm_90; use sdpa")
-    if request.dtype not in (torch.float16, torch.bfloat16):
-        reasons.append(f"dtype {request.dtype}: expected float16 or bfloat16; cast q, k and v or use sdpa")
-    if request.head_dim not in (64, 128):
-        reasons.append(f"head_dim {request.head_dim}: expected 64 or 128; use sdpa")
-    return reasons
+    runs, fits = request.hardware == "sm_90", request.head_dim in (64, 128)
+    return reasons + limits(request, hardware="sm_90", head_dim="64 or 128", runs=runs, fits=fits)
 
 
 SPEC = KernelSpec(

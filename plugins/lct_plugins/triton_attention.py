@@ -162,7 +162,7 @@ def triton_attention_lse(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, s
     tiles = _table(plan, q.device, "forward", tiling.rows, tiling.columns)
     with torch.cuda.device_of(q):
         _kernels().forward[len(tiles), batch * heads](
-            q, k, v, out, lse, tiles, *_intervals(plan, q.device), scale, queries, heads,
+            q, k, v, out, lse, tiles, *intervals(plan, q.device), scale, queries, heads,
             **_strides(q=q, k=k, v=v), GROUP=heads // k.shape[2], HEAD_DIM=head_dim, **tiling.options,
         )  # fmt: skip
     return out, lse
@@ -203,7 +203,6 @@ def _backward(
     delta = torch.empty_like(lse)
     dq = q.new_empty(q.shape) if for_q else None
     dk, dv = (k.new_empty(k.shape), v.new_empty(v.shape)) if for_kv else (None, None)
-    intervals = _intervals(plan, q.device)
     shape = {"GROUP": heads // kv_heads, "HEAD_DIM": head_dim}
     strides = _strides(q=q, k=k, v=v, dout=dout)
     with torch.cuda.device_of(q):
@@ -214,14 +213,14 @@ def _backward(
             tiling = _tiling(q, "queries backward")
             tiles = _table(plan, q.device, "queries backward", tiling.rows, tiling.columns)
             _kernels().queries_backward[len(tiles), batch * heads](
-                q, k, v, dout, lse, delta, dq, tiles, *intervals, scale, queries, heads,
+                q, k, v, dout, lse, delta, dq, tiles, *intervals(plan, q.device), scale, queries, heads,
                 **strides, **shape, **tiling.options,
             )  # fmt: skip
         if for_kv:
             tiling = _tiling(q, "keys backward")
             tiles = _table(plan, q.device, "keys backward", tiling.rows, tiling.columns)
             _kernels().keys_backward[len(tiles), batch * kv_heads](
-                q, k, v, dout, lse, delta, dk, dv, tiles, *intervals, scale, queries, keys, kv_heads,
+                q, k, v, dout, lse, delta, dk, dv, tiles, *intervals(plan, q.device), scale, queries, keys, kv_heads,
                 **strides, **shape, **tiling.options,
             )  # fmt: skip
     return dq, dk, dv
@@ -270,7 +269,7 @@ def _table(plan: AttentionPlan, device: torch.device, direction: Direction, rows
 
 
 @lru_cache(maxsize=32)
-def _intervals(plan: AttentionPlan, device: torch.device) -> tuple[Tensor, Tensor]:
+def intervals(plan: AttentionPlan, device: torch.device) -> tuple[Tensor, Tensor]:
     """Where every query's keys start and stop: int32 ``[queries]`` each."""
     sizes = torch.tensor([q.size for q, _ in plan.segments], device=device)
     # two allocations: were stops a view behind starts, whether they are aligned, for which Triton compiles a kernel

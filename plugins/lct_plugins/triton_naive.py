@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lct_core import AttentionPlan
 from lct_core.layout import Range
-from lct_plugins.triton_attention import Tile, key_tiles, query_tiles
+from lct_plugins.triton_attention import Tile, intervals, key_tiles, query_tiles
 
 
 def forward(
@@ -34,7 +34,7 @@ def forward(
         rows: Queries of a tile.
         columns: Keys of a chunk.
     """
-    start, stop = _intervals(plan)
+    start, stop = intervals(plan, q.device)
     queries, keys, values = _by_head(q, k, v)
     out = queries.new_empty(queries.shape)
     lse = queries.new_empty(queries.shape[:3])
@@ -74,7 +74,7 @@ def backward(
     columns: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of queries, keys and values, from the output, its log-sum-exp and its gradient."""
-    start, stop = _intervals(plan)
+    start, stop = intervals(plan, q.device)
     queries, keys, values = _by_head(q, k, v)
     outs, douts = _by_head(out, dout)
     delta = (outs * douts).sum(-1)
@@ -121,10 +121,3 @@ def _by_head(q: Tensor, *others: Tensor) -> list[Tensor]:
 
 def _rounded(x: Tensor, like: Tensor) -> Tensor:
     return x.to(like.dtype).to(x.dtype)
-
-
-def _intervals(plan: AttentionPlan) -> tuple[Tensor, Tensor]:
-    """Where every query's keys start and stop."""
-    sizes = torch.tensor([q.size for q, _ in plan.segments])
-    start, stop = torch.tensor([k for _, (k,) in plan.segments]).repeat_interleave(sizes, dim=0).T
-    return start, stop

@@ -140,18 +140,14 @@ def _turn(
     (batch, tokens, heads, head_dim), pairs = x.shape, by.cos.shape[-1]
     shape = (tokens, heads, pairs)
     cos, sin = by.cos.expand(shape), by.sin.expand(shape)  # strides of 0 where one serves all heads
-    weight_of_heads = x if weight is None else weight.expand(heads, head_dim)
+    tensors = x, cos, sin, x if weight is None else weight.expand(heads, head_dim), out
     eps, across_heads = norm or (0.0, False)
     rows, columns = triton.next_power_of_2(heads), triton.next_power_of_2(head_dim)
     with torch.cuda.device_of(x):
         turn[tokens, batch](
-            x,
-            cos,
-            sin,
-            weight_of_heads,
-            out,
+            *tensors,
             eps,
-            *(tuple(tensor.stride()) for tensor in (x, cos, sin, weight_of_heads, out)),
+            *(tuple(tensor.stride()) for tensor in tensors),
             HEADS=heads,
             HEAD_DIM=head_dim,
             PAIRS=pairs,

@@ -26,6 +26,7 @@ from torch.nn import functional as F
 
 from lct_core.layout import Range
 from lct_core.plan import AttentionPlan
+from lct_core.plugins.torch_kernels import gather
 from lct_core.rectangles import Rectangle, Round, by_segment, log_depth
 
 _LONG_SHOT = 4096  # tokens from which on a launch for every shot is thought to pay: modelled, not yet measured
@@ -45,6 +46,11 @@ class Sequences(NamedTuple):
     seqused_k: Int[Tensor, " sequences"] | None
     max_seqlen_q: int
     max_seqlen_k: int
+
+
+def packed(sequences: Sequences | None) -> dict[str, Any]:
+    """The sequences as arguments of a packed call, none of a dense one."""
+    return {} if sequences is None else sequences._asdict()
 
 
 class Provider(NamedTuple):
@@ -122,7 +128,7 @@ def _forward(
     gathered = sum(segment.num_keys for segment in plan.segments) if plan.form == "gathered" else 0
     if len(plan.segments) == 1 or gathered > _MOST_GATHERED * plan.keys:
         calls = [
-            provider.forward(q[:, queries.slice], _gather(k, keys), _gather(v, keys), None, scale)
+            provider.forward(q[:, queries.slice], gather(k, keys), gather(v, keys), None, scale)
             for queries, keys in plan.segments
         ]
         outputs, sums = zip(*calls, strict=True)
@@ -133,12 +139,6 @@ def _forward(
         k, v = k.index_select(1, index), v.index_select(1, index)
     out, lse = provider.forward(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), sequences, scale)
     return out.unflatten(0, (batch, -1)), lse.unflatten(1, (batch, -1)).transpose(0, 1)
-
-
-def _gather(x: Tensor, ranges: tuple[Range, ...]) -> Tensor:
-    """Some ranges of keys: a view where they are one."""
-    parts = [x[:, r.slice] for r in ranges]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 @lru_cache(maxsize=_PLANS)
@@ -218,13 +218,7 @@ def _launch(rectangles: Round, plan: AttentionPlan, batch: int, device: torch.de
         Range(packed[0].queries.start, end[0]),
         Range(packed[0].keys.start, end[1]),
         packed,
-        Sequences(
-            cu_q,
-            cu_k,
-            None,
-            max(of_queries),
-            max(of_keys),
-        ),
+        Sequences(cu_q, cu_k, None, max(of_queries), max(of_keys)),
     )
 
 
