@@ -2,8 +2,7 @@ from itertools import product
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from lct_core.coordinates import check_scheme, coordinates, extent, measured_extent, shot_coordinates
 from lct_core.layout import Layout, Shot
@@ -97,7 +96,7 @@ def test_paper_text_and_video_do_not_overlap_on_the_diagonal(layout):
 
 
 @given(shots(), layouts(max_scenes=1, with_global=False), schemes, st.booleans())
-def test_inside_a_shot_relative_positions_are_the_same_in_every_place(shot, before, scheme, text_first):
+def test_relative_positions_in_a_shot_do_not_depend_on_its_place(shot, before, scheme, text_first):
     alone = coordinates(Layout([[shot]], text_first), scheme=scheme)
     behind = coordinates(Layout([[*before.shots, shot]], text_first), scheme=scheme)[before.tokens :]
     steps = (behind - alone).unique()
@@ -175,7 +174,7 @@ def test_measured_extent_is_in_diagonal_units(shot, time, space):
 
 
 @given(shots(), st.sampled_from([0.1, 0.3, 1 / 3, 8 / 25]), st.sampled_from([torch.float32, torch.float64]))
-def test_measured_extent_does_not_count_the_rounding_of_coordinates(shot, unit, dtype):
+def test_measured_extent_ignores_rounding(shot, unit, dtype):
     # 3 * 0.1 / 0.1 is 3.0000000000000004 in float64: no reason for one more step
     own = (shot_coordinates(shot, scheme="anchored").to(dtype) * unit).double()
     assert measured_extent(own, (unit,) * 3) == extent(shot, scheme="anchored")

@@ -84,7 +84,7 @@ def test_one_expert_twice_is_that_expert():
 
 
 @torch.no_grad()
-def test_cached_generation_equals_uncached_with_each_experts_own_history(experts):
+def test_cached_equals_uncached_for_both_experts(experts):
     got = causal(experts, SCENE, t_c=300, steps=5, seed=3)
     uncached = autoregressive(experts, SCENE, t_c=300, steps=5, seed=3, pattern="context_causal")
     worst = max(error(g, x) for g, x in zip(got[1:], uncached[1:], strict=True))
@@ -171,7 +171,7 @@ def test_what_one_cannot_do_is_done_to_neither(experts, refusing):
         write(i)
         cache.append(i)
     one = getattr(cache, refusing)
-    budget, none = one._own.budget, Budget(device=0)
+    budget, none = one._holdings[0].budget, Budget(device=0)
     refused = [
         partial(cache.append, 3),
         cache.hold,
@@ -185,10 +185,10 @@ def test_what_one_cannot_do_is_done_to_neither(experts, refusing):
     ]
     for change in refused:
         write(3)
-        one._own.budget, before = none, [(each.held, each.nbytes) for each in (cache.high, cache.low)]
+        one._holdings[0].budget, before = none, [(each.held, each.nbytes) for each in (cache.high, cache.low)]
         with pytest.raises(ValueError, match=r"^budget: "):
             change()
-        one._own.budget = budget
+        one._holdings[0].budget = budget
         assert [(each.held, each.nbytes) for each in (cache.high, cache.low)] == before
     cache.append(3)  # it is to be had still
     assert cache.high.ids == cache.low.ids == (1, 2, 3)

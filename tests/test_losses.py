@@ -3,8 +3,7 @@ from functools import cache
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 import lct_core as lct
 from lct_backbones.mmdit import MMDiTBackbone, tiny
@@ -193,7 +192,7 @@ def test_the_adapters_own_path_makes_noise_and_target():
     assert error(tuning_loss(other, [shot], t, [eps]).mean, expected) <= FLOAT32["definition"].absolute
 
 
-def test_what_a_given_dummy_video_and_its_noise_are_does_not_matter():
+def test_a_given_dummy_video_changes_no_loss():
     scenes, t, noise = draw(LAYOUT)
     expected = tuning_loss(model(), scenes, t, noise).shots
     first = scenes[0][1].latents
@@ -203,7 +202,7 @@ def test_what_a_given_dummy_video_and_its_noise_are_does_not_matter():
         assert torch.equal(tuning_loss(model(), scenes, t, noise).shots, expected)
 
 
-def test_a_global_shot_has_no_loss_but_the_shots_that_see_it_train_its_text():
+def test_a_global_shot_has_no_loss_of_its_own():
     """No loss of its own: its text is reached through the other shots of its scene, and through nothing else."""
     scenes, t, noise = draw(LAYOUT)
     for pattern, reached in (("bidirectional", True), ("context_causal", True), ("own_shot", False)):

@@ -1,15 +1,15 @@
 """The tests' own count of operations, against torch's wherever torch counts."""
 
-import operations
 import pytest
 import torch
-from operations import Operations
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from lct_backbones.mmdit import tiny
+from tests import operations
+from tests.operations import Operations
 
 pytestmark = pytest.mark.internals
 

@@ -1,7 +1,6 @@
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from lct_core.layout import Layout, Shot
 from lct_core.packing import pack, unpack

@@ -1,5 +1,9 @@
 import importlib
 import inspect
+import pickle
+import subprocess
+import sys
+import textwrap
 from types import ModuleType
 
 import pytest
@@ -28,6 +32,7 @@ PUBLIC = [
     "RectifiedFlow",
     "Registry",
     "Rotation",
+    "Sampling",
     "SceneLoss",
     "SceneModel",
     "Segment",
@@ -73,7 +78,7 @@ PUBLIC = [
 
 
 def test_the_public_surface_is_frozen():
-    assert lct.__all__ == PUBLIC
+    assert lct.__all__ == sorted(PUBLIC)
 
 
 def test_nothing_else_looks_public():
@@ -98,6 +103,70 @@ def test_a_star_import_brings_the_public_names():
     space = {}
     exec("from lct_core import *", space)
     assert set(space) - {"__builtins__"} == set(PUBLIC)
+
+
+def in_a_new_process(code):
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+def test_importing_the_package_loads_nothing_and_a_name_loads_what_it_needs():
+    in_a_new_process(
+        """
+        import sys
+        import lct_core as lct
+        assert {name for name in sys.modules if name.startswith("lct_core")} == {"lct_core"}
+        assert "torch" not in sys.modules
+        assert {*lct.__all__} <= {*dir(lct)}
+        assert lct.Layout is lct.Layout
+        assert "Layout" in vars(lct)  # the second time, there is nothing to look up
+        assert "lct_core.layout" in sys.modules and "lct_core.scene_model" not in sys.modules
+        """
+    )
+
+
+@pytest.mark.parametrize(
+    "imports", ["import lct_core.coordinates", "from lct_core.coordinates import Scheme", "import lct_core.scene_model"]
+)
+def test_a_public_name_is_not_the_module_that_is_spelt_alike(imports):
+    in_a_new_process(
+        f"""
+        import lct_core as lct
+        {imports}
+        assert lct.coordinates.__name__ == "coordinates" and callable(lct.coordinates)
+        import lct_core.coordinates
+        from lct_core import coordinates
+        assert lct.coordinates is coordinates and callable(coordinates)
+        """
+    )
+
+
+@pytest.mark.parametrize("module", ["backbone", "engine", "generation", "plan", "plugins", "scene_model", "testing"])
+def test_modules_are_there_without_another_import(module):
+    in_a_new_process(
+        f"""
+        import lct_core as lct
+        assert lct.{module}.__name__ == "lct_core.{module}"
+        """
+    )
+
+
+def test_what_is_not_there_is_an_attribute_error():
+    with pytest.raises(AttributeError, match=r"^module 'lct_core' has no attribute 'no_such_name'$"):
+        _ = lct.no_such_name
+    assert not hasattr(lct, "__wrapped__")
+    with pytest.raises(ImportError, match="no_such_name"):
+        from lct_core import no_such_name  # noqa: F401
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_names_are_those_of_their_modules(name):
+    thing = getattr(lct, name)
+    assert thing is getattr(importlib.import_module(lct._MODULES[name]), name)
+    assert lct._MODULES.keys() == {*PUBLIC}
+    if name != "hookimpl":  # pluggy's own
+        assert pickle.loads(pickle.dumps(thing)) is thing
 
 
 def test_the_pieces_one_by_one():
@@ -141,21 +210,21 @@ SURFACES = {
         *("scene_folders", "write_image", "write_scene", "write_video"),
     },
     "lct_core.cache": {
-        *("Budget", "CachedShot", "KVCache", "Policy", "SiteSize", "Space", "Stage", "Storage", "Tier"),
-        *("recency", "shot_bytes"),
+        *("Budget", "CachedShot", "ExpertCache", "KVCache", "Policy", "SiteSize", "Space", "StagedShots", "Storage"),
+        *("Tier", "recency", "shot_bytes"),
     },
     "lct_core.cost": {
         *("Cost", "Live", "Meter", "Mode", "Pass", "Plan", "PlannedTake", "Throughput"),
         *("example", "fitted", "measure", "passes", "plan", "takes_of"),
     },
     "lct_core.generation": {
-        *("Director", "Guidance", "History", "Step", "Take", "autoregressive", "causal", "conditional"),
-        *("euler", "joint", "negative_texts", "recent", "schedule", "start_scene"),
+        *("Director", "Guidance", "History", "Sampling", "Step", "Take", "autoregressive", "causal"),
+        *("conditional", "euler", "joint", "negative_texts", "recent", "schedule", "start_scene"),
     },
     "lct_core.routing": {"Plans", "Router", "Tally", "TopK", "attend_routed"},
-    "lct_core.session": {"Book", "Session", "SessionTake", "Settings", "ShotRow", "State"},
+    "lct_core.session": {"Book", "BranchState", "Session", "SessionTake", "Settings", "ShotRow"},
     "lct_core.training": {
-        *("CHECKPOINT", "METRICS", "EMA", "Example", "Report", "Row", "Stage", "Training", "adamw", "cosine"),
+        *("CHECKPOINT", "METRICS", "EMA", "Example", "Report", "Stage", "Training", "TrainingRow", "adamw", "cosine"),
         *("load_checkpoint", "paper_stages", "sample_row", "save_checkpoint", "scene_examples", "single_shots"),
         *("to_row", "train", "tune"),
     },

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lct_core.cli.backbones import support_table
-from lct_core.plugins.registry import registry
+from lct_core.plugins import registry
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

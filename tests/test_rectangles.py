@@ -3,8 +3,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from lct_core.layout import Layout, Range, Shot
 from lct_core.patterns import bidirectional, context_causal, own_shot
@@ -44,7 +43,7 @@ def test_every_pair_is_in_one_rectangle_and_no_other(plan, schedule):
 
 
 @given(plans(), st.sampled_from([by_segment, log_depth]))
-def test_rectangles_of_a_round_share_nothing_and_come_in_one_order(plan, schedule):
+def test_rectangles_of_a_round_are_disjoint_and_ordered(plan, schedule):
     for rectangles in schedule(plan):
         assert rectangles
         for a, b in pairwise(rectangles):

@@ -1,7 +1,6 @@
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from lct_core.rope import angles, axis_frequencies, move, rotate, rotation
 from lct_core.testing.tolerances import BOUNDS, error
@@ -154,7 +153,7 @@ def test_no_move_changes_no_bit():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_one_move_from_where_the_keys_were_written_errs_less_than_many(dtype):
+def test_one_move_errs_less_than_many(dtype):
     x, coords = draw(1, 64, 2, 18, dtype=dtype), places(64)
     diagonal = angles(torch.ones(1, 3), FREQUENCIES)[0]
     written = step_by_step = turned(x, coords, "half", torch.float32)

@@ -1,21 +1,21 @@
 import re
 from dataclasses import replace
 from functools import cache as once
+from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from lct_backbones.mmdit import tiny
 from lct_core import KVCache, Layout, Range, Shot, attention, retrofit, selected_history
 from lct_core.patterns import context_causal
 from lct_core.plan import AttentionPlan, Segment
+from lct_core.plugins import torch_kernels
 from lct_core.plugins.hooks import KernelRequest, KernelSpec, hookimpl
-from lct_core.plugins.registry import Registry, torch_kernels
-from lct_core.plugins.registry import registry as plugins
+from lct_core.plugins.registry import Registry
 from lct_core.routing import Tally, TopK, attend_routed
 from lct_core.testing.strategies import layouts
 from lct_core.testing.tolerances import BOUNDS, error
@@ -134,7 +134,7 @@ def test_routes_and_attention_equal_their_definition(data):
 
 
 @given(layouts(), st.none() | st.integers(1, 3), st.none() | st.integers(1, 3), st.booleans())
-def test_to_choose_all_is_the_pattern_itself_and_to_choose_none_is_the_shot_alone(layout, chunk, queries, causal):
+def test_choosing_all_is_the_pattern_and_none_the_shot_alone(layout, chunk, queries, causal):
     q, k, _ = draw_qkv(layout)
     router = TopK(99, chunk=chunk, queries=queries, causal=causal)
     assert router.route(q, k, layout) == [[router(layout)]]
@@ -186,7 +186,7 @@ def test_entries_of_a_batch_route_by_themselves(router):
 
 
 @pytest.mark.parametrize("router", ROUTERS)
-def test_gradients_are_those_of_dense_attention_with_the_same_choice(router):
+def test_gradients_equal_dense_attention_with_the_same_choice(router):
     tensors = [x.requires_grad_() for x in draw_qkv(LAYOUT, batch=2)]
     plans = router.route(*tensors[:2], LAYOUT)
     got, expected = attend_routed(*tensors, plans), masked_attention(*tensors, dense(plans, 4))
@@ -282,7 +282,7 @@ def test_to_choose_all_is_the_causal_model():
     assert all(torch.equal(a, b) for a, b in zip(*pairs, strict=True))
 
 
-def test_training_with_checkpointing_chooses_once_and_has_the_same_gradients():
+def test_checkpointing_chooses_once():
     class Counted(TopK):
         calls = 0
 
@@ -363,7 +363,7 @@ def test_a_kernel_asked_for_by_name_that_cannot_gather_refuses(monkeypatch):
 
 
 def test_kernels_are_remembered_for_so_many_segments_of_plans(monkeypatch):
-    monkeypatch.setattr(plugins, "_MOST_SEGMENTS", 40)
+    monkeypatch.setattr(import_module("lct_core.plugins.registry"), "_MOST_SEGMENTS", 40)
     own, kept = Registry(), []
     for i in range(30):
         plan = AttentionPlan(4, 99, tuple(Segment(Range(q, q + 1), (Range(i, i + q + 1),)) for q in range(4)))

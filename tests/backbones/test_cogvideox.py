@@ -61,7 +61,7 @@ def test_larger_than_the_trained_grid_1_5_counts_on():
     assert model([shot], torch.ones(2, 1))[0].shape == shot.latents.shape
 
 
-def test_time_goes_no_lower_than_the_least_noise_that_the_model_has_seen():
+def test_time_stays_above_the_least_trained_noise():
     model = retrofit(cogvideox())
     shot, given = drawn(model), model.adapter.arguments
     for level, timestep in ((0.0, 0.0), (0.0005, 0.0), (0.001, 0.0), (0.5, 499.0), (1.0, 999.0)):
@@ -135,7 +135,7 @@ def test_learned_positions_need_their_size(size):
 
 
 @torch.no_grad()
-def test_a_global_prompt_has_its_dummy_frame_beside_learned_positions():
+def test_learned_positions_need_a_dummy_frame():
     model = retrofit(cogvideox(**LEARNED))
     shot = drawn(model)
     prompt = ShotInput(text=shot.text.flip(1), role="global")

@@ -42,7 +42,7 @@ def test_a_shot_of_480_x_720_pixels_stands_in_whole_steps():
     assert grid[1, 29, 44].tolist() == [1, 29, 44]
 
 
-def test_time_and_prediction_are_those_of_the_pipelines_scheduler():
+def test_time_and_prediction_are_the_pipelines():
     traits, scheduler = retrofit(easyanimate()).adapter.traits, FlowMatchEulerDiscreteScheduler()
     levels = [1.0, 0.7, 0.2]
     scheduler.set_timesteps(sigmas=levels)

@@ -51,7 +51,7 @@ def test_guidance_matters():
     assert not torch.allclose(*(model([s], torch.zeros(1))[0] for s in (shot, other)))
 
 
-def test_guidance_is_refused_where_the_model_has_none_and_needed_where_it_has():
+def test_guidance_is_given_exactly_where_the_model_has_it():
     with pytest.raises(ValueError, match=r"extras: got \['guidance'\], which Flux2Transformer2DModel does not take"):
         retrofit(klein())([shot_of(retrofit(flux2()))], torch.zeros(1))
     with pytest.raises(ValueError, match=r"also needs guidance \[batch\]"):

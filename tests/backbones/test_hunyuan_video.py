@@ -23,7 +23,7 @@ def example(model, *, text=4):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 @torch.no_grad()
-def test_padding_that_is_cut_off_is_padding_that_the_model_masks(case):
+def test_padding_is_cut_off_where_the_model_masks_it(case):
     shot = example(case.model(), text=5)
     mask = torch.tensor([[1.0, 1.0, 1.0, 0.0, 0.0]] * 2)
     shot = replace(shot, extras={**shot.extras, "encoder_attention_mask": mask})
@@ -53,7 +53,7 @@ def test_every_extra_is_heard(name):
 
 
 @torch.no_grad()
-def test_the_first_frame_of_token_replace_is_clean_whatever_the_noise_level():
+def test_the_first_frame_of_token_replace_is_always_clean():
     model = hunyuan_video(image_condition_type="token_replace")
     adapter, shot = retrofit(model).adapter, example(model)
     low, high = (adapter.encode(shot, torch.full((2,), t)) for t in (100.0, 900.0))

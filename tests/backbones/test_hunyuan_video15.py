@@ -47,7 +47,7 @@ def test_what_is_cut_off_is_what_the_model_masks(image, second):
 
 
 @torch.no_grad()
-def test_the_text_is_the_image_then_the_second_text_then_the_prompt():
+def test_the_order_of_text_is_image_second_text_prompt():
     model = hunyuan_video15()
     shot, adapter = example(model), retrofit(model).adapter
     time = 1000 * LEVEL[:, 0]

@@ -45,7 +45,7 @@ def test_a_tuned_model_is_saved_and_loads_in_plain_diffusers(case, tmp_path):
 
 
 @every_family
-def test_its_own_checkpointing_switch_is_honoured_and_works_as_before(case):
+def test_the_models_own_checkpointing_switch_works(case):
     scene, model = Scene(case), retrofit(case.model())
     if not model.backbone._supports_gradient_checkpointing:
         pytest.skip("diffusers gives this class no such switch")
@@ -96,7 +96,7 @@ def test_offloading_hooks_fire_around_every_block(case):
 
 @every_family
 @torch.no_grad()
-def test_weights_that_are_stored_smaller_than_they_are_computed_with(case):
+def test_layerwise_casting_of_weights(case):
     scene, (own, model) = Scene(case), (case.model(), retrofit(case.model()))
     for network in (own, model.backbone):
         network.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)

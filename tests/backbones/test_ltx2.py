@@ -40,7 +40,7 @@ def test_latents_and_angles_are_those_of_the_pipeline(case, fps):
 
 @pytest.mark.parametrize("case", [PLAIN, SPLIT, CONSTANT], ids=str)
 @torch.no_grad()
-def test_a_shot_is_as_the_pipeline_passes_it_with_its_streams_isolated(case):
+def test_a_shot_equals_the_pipelines_with_isolated_streams(case):
     """Whatever the audio says, which the video then does not hear."""
     adapter, shot = given(case)
     config, generator = adapter.model.config, torch.Generator().manual_seed(1)

@@ -18,7 +18,7 @@ def example(adapter, shot=SHOT):
     return adapter.example(shot, batch=2, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
 
 
-def test_coordinates_are_a_clock_behind_the_text_and_a_centred_picture():
+def test_time_starts_behind_the_text_and_pictures_are_centred():
     adapter = retrofit(minimax_h3()).adapter
     coords = adapter.coordinates(example(adapter), SHOT)
     text, video = coords[:4], coords[4:].view(7, 3, 6, 3)

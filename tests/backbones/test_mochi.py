@@ -30,7 +30,7 @@ def test_coordinates_and_angles_are_the_models_own():
     assert torch.equal(torch.stack([by.cos, by.sin])[:, :72], torch.stack(expected))
 
 
-def test_one_diagonal_step_is_a_row_of_a_shot_of_480_x_848_pixels():
+def test_one_diagonal_step_is_a_row_at_480_x_848():
     model = retrofit(mochi())
     video = model.adapter.coordinates(shot_of(model), Shot(0, (28, 30, 53))).view(28, 30, 53, 3)
     step = (video[1, 1, 1] - video[0, 0, 0]).tolist()
@@ -38,7 +38,7 @@ def test_one_diagonal_step_is_a_row_of_a_shot_of_480_x_848_pixels():
     assert model.adapter.traits.unit == pytest.approx((1, ROW, ROW))
 
 
-def test_time_and_prediction_are_those_of_the_pipelines_scheduler():
+def test_time_and_prediction_are_the_pipelines():
     traits, scheduler = retrofit(mochi()).adapter.traits, FlowMatchEulerDiscreteScheduler(invert_sigmas=True)
     levels = [1.0, 0.7, 0.2]
     scheduler.set_timesteps(sigmas=levels)

@@ -19,7 +19,7 @@ def example(scene_model, shot, *, images=True):
 
 
 @torch.no_grad()
-def test_one_shot_is_the_models_own_forward_with_heads_of_real_size():
+def test_one_shot_is_the_models_own_forward_at_real_head_size():
     sizes = {"attention_head_dim": 128, "axes_dims_rope": (16, 56, 56)}
     own, scene_model = qwen_image(**sizes), retrofit(qwen_image(**sizes))
     shot = example(scene_model, Shot(37, (1, 9, 14)))
@@ -62,7 +62,7 @@ def test_padding_cut_off_is_padding_masked():
 
 
 @torch.no_grad()
-def test_images_are_seen_and_those_modulated_as_clean_differ():
+def test_images_modulated_as_clean_differ():
     scene_model, edit = retrofit(qwen_image()), retrofit(qwen_image(zero_cond_t=True))
     shot, without = (example(scene_model, Shot(3, (1, 4, 2)), images=images) for images in (True, False))
     (plain,), (seen,), (clean,) = scene_model([without], T), scene_model([shot], T), edit([shot], T)

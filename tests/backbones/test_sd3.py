@@ -56,7 +56,7 @@ def test_extras_matter(name):
     assert not torch.allclose(*(model([s], torch.zeros(1))[0] for s in (shot, other)))
 
 
-def test_a_block_with_a_second_attention_joins_the_images_of_shots_there():
+def test_a_second_attention_joins_the_shots_images():
     model = retrofit(sd35())
     sites = [[(site.name, site.tokens) for site in model.adapter.sites(block)] for block in model.adapter.blocks]
     assert sites == [[("attn2", "video"), ("attn", "all")]] * 2 + [[("attn", "all")]]

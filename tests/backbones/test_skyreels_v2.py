@@ -60,7 +60,7 @@ def test_refuses_extras(extras, message):
 
 
 @torch.no_grad()
-def test_refuses_a_mask_between_blocks_of_frames_whenever_it_is_set():
+def test_refuses_a_mask_between_blocks_of_frames():
     message = r"sees? only blocks of 3 frames .* call model\._set_ar_attention\(1\)"
     with pytest.raises(ValueError, match=message):
         retrofit(skyreels(num_frame_per_block=3))

@@ -6,7 +6,6 @@ from importlib import import_module
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from lct_backbones.mmdit import MMDiT, tiny
 from lct_core import Shot, ShotInput, registry, retrofit
@@ -19,7 +18,10 @@ from lct_core.generation.takes import Take
 from lct_core.patterns import first_frames
 from lct_core.routing import TopK
 from tests.backbones.test_families import CASES, FAMILIES
+from tests.operations import Operations
 from tests.toys import Toy, ToyBackbone
+
+pytestmark = pytest.mark.internals
 
 FIRST = [import_module(f"tests.backbones.families.{family}").CASES[0] for family in FAMILIES]
 
@@ -236,7 +238,7 @@ def test_what_goes_to_files_is_planned_too(tmp_path):
     assert found.peak_cache == cache.peak_nbytes
 
 
-def test_a_budget_that_is_too_small_is_told_in_its_own_bytes():
+def test_a_budget_too_small_is_told_in_bytes():
     with pytest.raises(ValueError, match="device=1000"):
         plan(retrofit(tiny()), SCENE, budget=Budget(device=1000))
 

@@ -11,7 +11,7 @@ from lct_core.generation import Director, Take, euler, joint, schedule
 from lct_core.generation.schedulers import _arrives, call_levels, denoise
 from lct_core.paths import RectifiedFlow, VariancePreserving
 from lct_core.testing.tolerances import error
-from tests.generation.test_generation import (
+from tests.generation.definitions import (
     MODES,
     SHOT_AFTER_SHOT,
     Watched,
@@ -124,7 +124,7 @@ def test_every_mode_follows_a_scheduler(mode, scheduler):
     assert worst(got, run(mode, retrofit(tiny()), scene, given, steps=2)) > 1e-3
 
 
-def test_noise_that_a_scheduler_draws_depends_on_the_seed_and_the_shot():
+def test_scheduler_noise_depends_on_seed_and_shot():
     scene = [replaced for shot in draw(SHOT, with_global=False) for replaced in (shot, shot)]
     scheduler = SCHEDULERS["Euler, stochastic"]()
 

@@ -9,8 +9,8 @@ import torch
 from lct_core.layout import Layout, Shot
 from lct_core.patterns import bidirectional, context_causal, selected_history
 from lct_core.plan import Form
+from lct_core.plugins import hooks, registry
 from lct_core.plugins.hooks import KernelRequest
-from lct_core.plugins.registry import hooks, registry
 from lct_plugins import auto
 
 SCENE = Layout([[Shot(2, (1, 2, 3))] * 3])
@@ -42,7 +42,7 @@ def test_the_order_is_the_tables(monkeypatch, form):
         assert order(monkeypatch, other, form) == ["sdpa"]
 
 
-def test_every_kernel_of_the_table_is_there_and_no_place_is_taken_twice():
+def test_every_kernel_of_the_table_has_a_rank_of_its_own():
     for row in auto.TABLE:
         assert set(row.order) <= set(registry().kernels)
         assert len(set(row.order)) == len(row.order)

@@ -1,67 +1,22 @@
-"""The flash-attention family: its lowering on a readable provider, then what each library is called with."""
+"""The flash-attention libraries: what they are called with, what is refused, and on a GPU."""
 
 import ctypes
 import importlib
-import math
 import sys
 import types
-from contextlib import contextmanager
-from functools import partial
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch.library import Library
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from lct_core import attention
 from lct_core.layout import Layout, Range, Shot
-from lct_core.patterns import bidirectional, context_causal, own_and_global_text, own_shot, selected_history
+from lct_core.patterns import context_causal
 from lct_core.plan import AttentionPlan, Segment
-from lct_core.plugins.hooks import KernelRequest, KernelSpec, hookimpl
-from lct_core.plugins.registry import Registry
+from lct_core.plugins.hooks import KernelRequest
 from lct_core.plugins.torch_kernels import reference
-from lct_core.testing import conformance as suite
-from lct_core.testing import kernels
-from lct_core.testing.strategies import layouts
 from lct_core.testing.tolerances import BOUNDS, error
 from lct_plugins import flash, varlen, varlen_naive
-from lct_plugins.varlen import Provider
-
-SHOTS = [Shot(3, (1, 2, 2)), Shot(0, (2, 3, 3)), Shot(5, (1, 1, 1)), Shot(1, (1, 4, 3))]
-SCENES = Layout([SHOTS, [Shot(2, (1, 3, 3)), Shot(0, (1, 1, 1))]])
-GAPS = selected_history(SCENES, [[], [0], [0], [0, 2], [], []])
-CAUSAL = context_causal(SCENES)
-PLANS = {
-    "one scene": bidirectional(Layout([SHOTS])),
-    "two scenes": bidirectional(SCENES),
-    "single shots": own_shot(SCENES),
-    "context-causal": CAUSAL,
-    "history with gaps": GAPS,
-    "the last shot behind its history": CAUSAL.rows(Range(30, 43)),
-    "the last shot behind some of its history": GAPS.rows(Range(30, 43)),
-    "keys that nobody sees": AttentionPlan(5, 40, (Segment(Range(0, 5), (Range(7, 30),)),)),
-    "more to gather than there is": selected_history(
-        Layout([[Shot(0, (1, 1, 1 + i % 3)) for i in range(8)]]), [range(0, i - 1) for i in range(8)]
-    ),
-    "all keys out of order": AttentionPlan(
-        9, 20, (Segment(Range(0, 4), (Range(9, 20),)), Segment(Range(4, 9), (Range(0, 9),)))
-    ),
-    "packed keys out of order": AttentionPlan(
-        9, 20, (Segment(Range(0, 4), (Range(11, 18),)), Segment(Range(4, 9), (Range(2, 9),)))
-    ),
-    "cross-attention": own_and_global_text(
-        Layout([[Shot(3, (1, 1, 2), role="global"), Shot(2, (1, 2, 2)), Shot(1, (1, 1, 3))]])
-    ),
-}
-plans = pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS.keys())
-schedules = pytest.mark.parametrize("schedule", ["by_segment", "log_depth"])
-
-
-def forget():
-    varlen._one_launch.cache_clear()
-    varlen._schedule.cache_clear()
+from tests.kernels.plans import CAUSAL, PLANS, check, draw, forget, plans, scheduled, schedules
 
 
 @pytest.fixture(autouse=True)
@@ -71,306 +26,8 @@ def _no_tables_of_other_tests():
     forget()
 
 
-@contextmanager
-def scheduled(name):
-    """Run every backward pass in the rounds for long shots, or in those for short ones."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(varlen, "_LONG_SHOT", {"by_segment": 0, "log_depth": math.inf}[name])
-        forget()
-        yield
-    forget()
-
-
-class Recorder:
-    """The readable provider, and what it was called with."""
-
-    def __init__(self):
-        self.forwards, self.backwards, self.shares = [], [], []
-        self.provider = Provider(self.forward, self.backward)
-
-    def forward(self, *args):
-        self.forwards.append(args)
-        return varlen_naive.forward(*args)
-
-    def backward(self, *args):
-        self.backwards.append(args)
-        self.shares.append(varlen_naive.backward(*args))
-        return self.shares[-1]
-
-
-def draw(plan, heads=4, kv_heads=2, head_dim=8, *, batch=2, dtype=torch.float64, device="cpu", seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return [
-        torch.randn(batch, n, h, head_dim, generator=generator, dtype=torch.float64).to(device, dtype).requires_grad_()
-        for n, h in ((plan.queries, heads), (plan.keys, kv_heads), (plan.keys, kv_heads))
-    ]
-
-
-def run(kernel, tensors, plan, scale=0.4):
-    """The output, and the gradients of those tensors that require one."""
-    out = kernel(*tensors, plan, scale)
-    gradient = torch.randn(out.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
-    return [out, *torch.autograd.grad(out, [x for x in tensors if x.requires_grad], gradient.to(out))]
-
-
-def naive(recorder=None):
-    return partial(varlen.attention, provider=recorder.provider if recorder else varlen_naive.PROVIDER)
-
-
-def check(kernel, tensors, plan, atol=1e-12, scale=0.4):
-    for got, expected in zip(run(kernel, tensors, plan, scale), run(reference, tensors, plan, scale), strict=True):
-        torch.testing.assert_close(got, expected, rtol=0, atol=atol)
-
-
-# the lowering against the definition
-
-
-def test_the_plans_are_of_every_form():
-    assert {plan.form for plan in PLANS.values()} == {"dense", "packed", "overlapping", "gathered"}
-
-
-@plans
-@schedules
-@pytest.mark.parametrize("heads", [(2, 2), (4, 2), (3, 1)])
-@pytest.mark.parametrize("batch", [1, 2])
-def test_it_is_the_definition(plan, schedule, heads, batch):
-    with scheduled(schedule):
-        check(naive(), draw(plan, *heads, batch=batch), plan)
-
-
-@given(st.data())
-def test_it_is_the_definition_on_any_layout(data):
-    layout = data.draw(layouts(max_shots=6, max_text=2, max_grid=(1, 2, 2)))
-    history = [
-        data.draw(st.sets(st.sampled_from(range(scene.start, shot)))) if shot > scene.start else ()
-        for scene in layout.scene_shots
-        for shot in scene
-    ]
-    pattern = data.draw(
-        st.sampled_from([bidirectional, own_shot, context_causal, partial(selected_history, history=history)])
-    )
-    plan = pattern(layout)
-    start = data.draw(st.integers(0, plan.queries - 1))
-    plan = data.draw(st.sampled_from([plan, plan.rows(Range(start, plan.queries))]))
-    with scheduled(data.draw(st.sampled_from(["by_segment", "log_depth"]))):
-        check(naive(), draw(plan, batch=data.draw(st.integers(1, 2)), head_dim=2), plan)
-
-
-@pytest.fixture
-def conforms(monkeypatch):
-    """Run the conformance suite on a kernel that may not be announced."""
-
-    def run(spec, **options):
-        class Plugin:
-            @hookimpl
-            def lct_kernels(self):
-                return [spec]
-
-        own = Registry()
-        own.register(Plugin(), name="test")
-        for module in (attention, suite):
-            monkeypatch.setattr(module, "registry", lambda: own)
-        for finding in kernels.kernel_conformance(spec.name, **options):
-            assert finding.holds, finding
-
-    return run
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@schedules
-def test_it_errs_no_more_than_a_kernel_may(dtype, schedule, conforms):
-    with scheduled(schedule):
-        conforms(KernelSpec(name="naive", summary="", load=naive, refusals=lambda request: []), dtypes=[dtype])
-
-
-@plans
-@pytest.mark.parametrize("needed", range(1, 7))
-def test_gradients_of_some_inputs_alone(plan, needed):
-    tensors = [x.requires_grad_(bool(needed >> i & 1)) for i, x in enumerate(draw(plan))]
-    check(naive(), tensors, plan)
-
-
-def test_a_negative_scale_is_taken_to_the_queries():
-    recorder = Recorder()
-    check(naive(recorder), draw(CAUSAL), CAUSAL, scale=-0.4)
-    assert {args[4] for args in recorder.forwards} | {args[7] for args in recorder.backwards} == {0.4}
-
-
-def test_without_gradients():
-    q, k, v = (x.detach() for x in draw(GAPS))
-    out = naive()(q, k, v, GAPS, 0.4)
-    assert not out.requires_grad
-    torch.testing.assert_close(out, reference(q, k, v, GAPS, 0.4), rtol=0, atol=1e-12)
-
-
-@plans
-def test_inputs_and_gradients_may_be_strided(plan):
-    q, k, v = draw(plan, 2, 2)
-    fused = torch.cat([k, v, k], dim=2)  # k and v of one projection: views of it
-    parts = fused.detach().requires_grad_().unflatten(2, (3, 2)).unbind(2)[:2]
-    across = q.detach().transpose(1, 3).contiguous().transpose(1, 3).requires_grad_()
-    assert across.stride(-1) != 1
-    out = naive()(across, *parts, plan, 0.4)
-    expected = reference(across, *parts, plan, 0.4)
-    torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
-    got = torch.autograd.grad(out.sum(), [across, *parts])  # a gradient of stride 0
-    wanted = torch.autograd.grad(expected.sum(), [across, *parts])
-    for a, b in zip(got, wanted, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
-
-
-# what it costs
-
-
-@pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("shots", [*range(1, 10), 16, 17, 20])
-def test_a_context_causal_scene_is_one_launch_forward_and_logarithmically_many_backward(shots, batch):
-    plan = context_causal(Layout([[Shot(1, (1, 1, 1 + i % 3)) for i in range(shots)]]))
-    for schedule, launches in (("log_depth", 1 + math.ceil(math.log2(shots))), ("by_segment", shots)):
-        recorder = Recorder()
-        with scheduled(schedule):
-            run(naive(recorder), draw(plan, head_dim=2, batch=batch), plan)
-        assert (len(recorder.forwards), len(recorder.backwards)) == (1, launches)
-
-
-@pytest.mark.parametrize("tokens", [4095, 4096])
-def test_long_shots_are_launched_one_by_one(tokens):
-    plan = context_causal(Layout([[Shot(0, (1, 1, tokens))] * 8]))
-    assert len(varlen._schedule(plan, 1, torch.device("cpu")).launches) == (8 if tokens == 4096 else 4)
-
-
-def test_dense_calls_see_the_cache_itself():
-    plan = PLANS["keys that nobody sees"]
-    q, k, v = draw(plan)
-    recorder = Recorder()
-    run(naive(recorder), (q, k, v), plan)
-    for call, at in ((recorder.forwards[0], 1), (recorder.backwards[0], 2)):
-        assert call[at].data_ptr() == k[:, 7].data_ptr()
-        assert call[at].shape == (2, 23, 2, 8)
-        assert call[at + 1].data_ptr() == v[:, 7].data_ptr()
-    assert recorder.shares[0][1].shape == (2, 23, 2, 8)
-
-
-def test_packed_calls_copy_nothing():
-    q, *_ = draw(CAUSAL, batch=1)
-    k, v = torch.randn(1, CAUSAL.keys, 2, 2, 8, dtype=torch.float64).requires_grad_().unbind(2)
-    recorder = Recorder()
-    run(naive(recorder), (q, k, v), CAUSAL)
-    assert [x.data_ptr() for x in recorder.forwards[0][:3]] == [x.data_ptr() for x in (q, k, v)]
-    assert {x.untyped_storage().data_ptr() for _, a, b, c, *_ in recorder.backwards for x in (a, b, c)} == {
-        x.untyped_storage().data_ptr() for x in (q, k)
-    }
-
-
-@pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize(("seen", "launches"), [(Range(5, 9), 1), (Range(0, 5), 3)])
-def test_keys_with_gaps_are_gathered_at_once_up_to_twice_the_key_space(seen, launches, batch):
-    gap = (Range(0, 3), Range(5, 9))
-    plan = AttentionPlan(9, 9, (Segment(Range(0, 3), gap), Segment(Range(3, 5), (seen,)), Segment(Range(5, 9), gap)))
-    tensors, recorder = draw(plan, batch=batch), Recorder()
-    check(naive(recorder), tensors, plan)
-    assert len(recorder.forwards) == launches
-    if launches == 3:
-        assert recorder.forwards[1][1].data_ptr() == tensors[1].data_ptr()  # one range is where it is
-
-
-def test_a_packed_row_is_one_launch_both_ways_whose_gradients_are_taken_as_they_are():
-    recorder = Recorder()
-    _, *gradients = run(naive(recorder), draw(PLANS["two scenes"]), PLANS["two scenes"])
-    assert (len(recorder.forwards), len(recorder.backwards)) == (1, 1)
-    assert [x.data_ptr() for x in gradients] == [x.data_ptr() for x in recorder.shares[0]]
-
-
-def test_tables_are_made_once_for_a_plan():
-    for _ in range(3):
-        run(naive(), draw(GAPS), GAPS)
-    assert varlen._one_launch.cache_info().misses == varlen._schedule.cache_info().misses == 1
-
-
-def test_the_tables_of_a_launch_are_one_tensor():
-    device = torch.device("cpu")
-    launches = [varlen._one_launch(CAUSAL, 2, device), *varlen._schedule(CAUSAL, 2, device).launches]
-    packed = [launch[-1] for launch in launches if launch[-1] is not None]
-    assert len(packed) > 1
-    for sequences in packed:
-        tables = [x for x in sequences if isinstance(x, torch.Tensor)]
-        assert len({x.untyped_storage().data_ptr() for x in tables}) == 1
-        assert all(x.is_contiguous() for x in tables)
-
-
-# backward
-
-
-@schedules
-def test_shares_are_added_up_in_float32_and_rounded_once(schedule):
-    plan = context_causal(Layout([[Shot(0, (1, 1, 3))] * 20]))
-    tensors, recorder = draw(plan, dtype=torch.bfloat16, batch=1), Recorder()
-    with scheduled(schedule):
-        gradients = run(naive(recorder), tensors, plan)[1:]
-        launches = varlen._schedule(plan, 1, torch.device("cpu")).launches
-    for i, axis in enumerate((0, 1, 1)):
-        expected = torch.zeros(gradients[i].shape)
-        for shares, launch in zip(recorder.shares, launches, strict=True):
-            share = shares[i].view(-1, *shares[i].shape[-2:])
-            start = (launch.queries, launch.keys)[axis].start
-            for rectangle in launch.rectangles:
-                r = rectangle[axis]
-                expected[0, r.slice] += share[r.start - start : r.stop - start]
-        assert torch.equal(gradients[i], expected.bfloat16())
-
-
-@pytest.mark.parametrize(
-    ("plan", "schedule", "buffers"),
-    [
-        ("context-causal", "log_depth", ["float32 zeros"] * 3),
-        ("context-causal", "by_segment", ["empty", "float32 zeros", "float32 zeros"]),  # queries are in one rectangle
-        ("history with gaps", "by_segment", ["float32 zeros"] * 3),
-        ("keys that nobody sees", "log_depth", ["empty", "zeros", "zeros"]),
-        ("packed keys out of order", "by_segment", ["empty", "zeros", "zeros"]),
-        ("all keys out of order", "by_segment", ["empty", "empty", "empty"]),
-        ("two scenes", "log_depth", []),
-    ],
-)
-def test_there_is_a_float32_buffer_only_where_shares_meet_and_zeros_only_where_some_may_stay(plan, schedule, buffers):
-    made = []
-    names = {torch.ops.aten.new_zeros.default: "zeros", torch.ops.aten.new_empty.default: "empty"}
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            if function in names:
-                wide = (kwargs or {}).get("dtype") == torch.float32
-                made.append("float32 " * wide + names[function])
-            return function(*args, **kwargs or {})
-
-    out = naive()(*draw(PLANS[plan], dtype=torch.bfloat16), PLANS[plan], 0.4)
-    with scheduled(schedule), Watch():
-        out.sum().backward()
-    assert made == buffers
-
-
-def test_what_a_launch_leaves_in_its_gaps_does_not_matter():
-    recorder = Recorder()
-    with scheduled("log_depth"):
-        _, *gradients = run(naive(recorder), draw(CAUSAL), CAUSAL)
-    assert any(share.isnan().any() for shares in recorder.shares for share in shares)
-    assert all(gradient.isfinite().all() for gradient in gradients)
-
-
-def test_overlapping_sequences_would_be_wrong_backward():
-    # why there are rectangles: gradients of keys are stored, by the last sequence that sees them
-    q, k, v = draw(CAUSAL, batch=1)
-    _, _, dk, _ = run(reference, (q, k, v), CAUSAL)
-    _, sequences = varlen._one_launch(CAUSAL, 1, q.device)
-    q, k, v = (x.detach()[0] for x in (q, k, v))
-    out, lse = varlen_naive.forward(q, k, v, sequences, 0.4)
-    dout = torch.randn(out[None].shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)[0]
-    _, stored, _ = varlen_naive.backward(dout, q, k, v, out, lse, sequences, 0.4)
-    last = SCENES.spans[3].slice  # no other shot sees the last one's keys
-    torch.testing.assert_close(stored[last], dk[0, last], rtol=0, atol=1e-12)
-    assert (stored[:7] - dk[0, :7]).abs().max() > 0.1
-
-
 # what the libraries are called with, their operators and functions played by the readable provider
+
 
 FWD3 = (
     "fwd(Tensor q, Tensor k, Tensor v, Tensor(k_new!)? k_new=None, Tensor(v_new!)? v_new=None, Tensor? q_v=None, "
@@ -590,7 +247,7 @@ def test_flash3_splits_dense_calls_alone(flash3, processors):
     assert flash3.splits == [1, 1, 2]
 
 
-def test_flash3_never_passes_int32_between_the_entries_of_a_batch(flash3, monkeypatch):
+def test_flash3_batches_stay_below_int32(flash3, monkeypatch):
     plan = PLANS["one scene"]
     distance = (plan.queries + 128) * 4 * 256
     for last in (distance, distance - 1):
@@ -654,7 +311,7 @@ def test_flash3_is_for_hopper_alone(on, flash3):
         assert on(flash.FLASH3, hardware) == [f"hardware {hardware}: expected a Hopper GPU (sm_90); use sdpa"]
 
 
-def test_flash3_refuses_deterministic_gradients_of_large_heads(on, flash3):
+def test_flash3_refuses_deterministic_large_heads(on, flash3):
     torch.use_deterministic_algorithms(True)
     try:
         (reason,) = on(flash.FLASH3, "sm_90", 256)
@@ -729,7 +386,7 @@ def test_flash3_refuses_a_library_that_cannot_be_loaded(packages, on):
     assert reason.startswith("hardware cpu: ")
 
 
-def test_whatever_a_library_makes_of_being_loaded_is_a_refusal(packages, on, monkeypatch):
+def test_any_error_in_loading_is_a_refusal(packages, on, monkeypatch):
     def load(path):
         raise AttributeError("a build for another torch")
 
@@ -739,7 +396,7 @@ def test_whatever_a_library_makes_of_being_loaded_is_a_refusal(packages, on, mon
     assert reason.startswith("it cannot be loaded: AttributeError: a build for another torch; install what is missing")
 
 
-def test_flash3_comes_from_its_own_package_or_from_xformers_and_cudas_runtime_before_it(packages, monkeypatch):
+def test_where_flash3_is_loaded_from(packages, monkeypatch):
     loaded = []
     monkeypatch.setattr(ctypes, "CDLL", lambda path, mode: loaded.append((path, mode)))
     monkeypatch.setattr(torch.ops, "load_library", loaded.append)
@@ -781,7 +438,7 @@ LONG = context_causal(Layout([[Shot(0, (1, 1, n)) for n in (700, 33, 1, 1290, 12
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_gpu_one_launch_over_overlapping_keys_is_a_dense_call_for_every_shot(on_gpu, head_dim):
+def test_gpu_overlapping_keys_equal_dense_calls(on_gpu, head_dim):
     # no library documents that key ranges may overlap where seqused_k is given
     kernel = on_gpu.load()
     q, k, v = (x.detach() for x in draw(LONG, 8, 2, head_dim, dtype=torch.bfloat16, device="cuda"))

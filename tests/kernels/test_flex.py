@@ -6,8 +6,8 @@ import torch
 from lct_core.attention import attend
 from lct_core.layout import Layout, Shot
 from lct_core.patterns import context_causal, selected_history
+from lct_core.plugins import hooks
 from lct_core.plugins.hooks import KernelRequest
-from lct_core.plugins.registry import hooks
 from lct_core.testing import kernels
 from lct_core.testing.tolerances import BOUNDS, error
 from lct_plugins import flex
@@ -67,7 +67,7 @@ def test_it_takes_another_shape_and_scale_on_a_cpu():
         )
 
 
-def test_beyond_the_shapes_that_torch_compiles_it_raises_and_does_not_run_uncompiled():
+def test_it_raises_rather_than_run_uncompiled():
     with (
         torch._dynamo.config.patch(accumulated_recompile_limit=0),
         pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit),

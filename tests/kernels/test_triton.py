@@ -1,39 +1,30 @@
-import importlib.util
+"""The Triton kernel: interpreted, compiled, and on a GPU."""
+
 import os
 import re
 import sys
-from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from lct_core import attention
 from lct_core.attention import attend
 from lct_core.layout import Layout, Range, Shot
-from lct_core.patterns import bidirectional, context_causal, own_shot, own_text, selected_history
+from lct_core.patterns import bidirectional, context_causal, own_shot
 from lct_core.plan import AttentionPlan, Segment
-from lct_core.plugins.hooks import KernelRequest, hookimpl
+from lct_core.plugins.hooks import hookimpl
 from lct_core.plugins.registry import Registry
 from lct_core.plugins.torch_kernels import reference
 from lct_core.testing import kernels
-from lct_core.testing.strategies import layouts
 from lct_core.testing.tolerances import BOUNDS, error
-from lct_plugins import triton_attention, triton_naive
-from lct_plugins.triton_attention import SPEC, TILES, Tiling, key_tiles, query_tiles
+from lct_plugins import triton_attention
+from lct_plugins.triton_attention import SPEC, TILES, Tiling
+from tests.kernels.triton_plans import CAUSAL, SCENES, draw, lse_of
 
 pytestmark = pytest.mark.internals
 
 KERNELS = "lct_plugins._triton_kernels"
-has_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-
-# two packed scenes; shots of one token, and none a multiple of a tile
-SCENES = Layout(
-    [[Shot(3, (1, 4, 5)), Shot(0, (1, 1, 1)), Shot(5, (2, 3, 4)), Shot(0, (1, 1, 1))], [Shot(2, (1, 3, 7))]]
-)
-CAUSAL = context_causal(SCENES)
 GAP = AttentionPlan(
     50,
     90,
@@ -51,126 +42,6 @@ PLANS = {
     "keys that nobody sees": GAP,
 }
 plans = pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS.keys())
-
-
-@st.composite
-def interval_plans(draw):
-    """Plans of one key interval for each query: LCT's, and any other."""
-    if draw(st.booleans()):
-        layout = draw(layouts(with_global=False))
-        plan = draw(st.sampled_from([bidirectional, context_causal, own_shot]))(layout)
-        start = draw(st.integers(0, plan.queries - 1))
-        return plan.rows(Range(start, draw(st.integers(start + 1, plan.queries))))
-    keys = draw(st.integers(1, 60))
-    segments, end = [], 0
-    for size in draw(st.lists(st.integers(1, 20), min_size=1, max_size=5)):
-        first = draw(st.integers(0, keys - 1))
-        segments.append(Segment(Range(end, end := end + size), (Range(first, draw(st.integers(first + 1, keys))),)))
-    return AttentionPlan(end, keys, tuple(segments))
-
-
-tile_sizes = st.tuples(st.sampled_from([1, 4, 7, 16]), st.sampled_from([2, 4, 8, 16]))
-
-
-# the tables
-
-
-def bounds(visible):
-    """The first and the last place where a vector is true."""
-    places = visible.nonzero().flatten().tolist()
-    return Range(places[0], places[-1] + 1) if places else Range(0, 0)
-
-
-def longest_run(visible):
-    best = run = 0
-    for one in visible.tolist():
-        run = run + 1 if one else 0
-        best = max(best, run)
-    return best
-
-
-def check_tiles(tiles, visible, rows, columns):
-    assert [i for tile in sorted(tiles) for i in range(*tile.own)] == list(range(len(visible)))
-    assert all(a.seen.size >= b.seen.size for a, b in pairwise(tiles))
-    alone = ~visible.any(1)
-    joined = (visible[1:] & visible[:-1]).any(1) | (alone[1:] & alone[:-1])  # two neighbours, by what they see
-    for own, seen, full in tiles:
-        assert 0 < own.size <= rows
-        assert joined[own.start : own.stop - 1].all()
-        assert own.size == rows or own.stop == len(visible) or not joined[own.stop - 1]
-        assert seen == bounds(visible[own.slice].any(0))
-        assert seen.start <= full.start <= full.stop <= seen.stop
-        assert visible[own.slice, full.slice].all()
-        assert (full.start - seen.start) % columns == full.size % columns == 0
-        unmasked = longest_run(visible[own.slice].all(0))
-        assert full.size > unmasked - 2 * columns  # what rounding to chunks costs, and no more
-        if visible[own.slice, seen.slice].all():
-            assert full.size > seen.size - columns
-
-
-@given(interval_plans(), tile_sizes)
-def test_a_query_tile_walks_over_what_its_rows_see_and_is_unmasked_where_all_do(plan, sizes):
-    tiles = query_tiles(plan, *sizes)
-    check_tiles(tiles, plan.dense(), *sizes)
-    assert all(plan.dense()[own.slice, seen.slice].any(0).all() for own, seen, _ in tiles)  # no gap is read
-
-
-@given(interval_plans(), tile_sizes)
-def test_a_key_tile_walks_over_the_rows_that_see_it_and_is_unmasked_where_they_see_all_of_it(plan, sizes):
-    check_tiles(key_tiles(plan, *sizes), plan.dense().T, *sizes)
-
-
-@given(interval_plans(), tile_sizes)
-def test_chunks_cover_what_a_tile_sees_once(plan, sizes):
-    for tile in (*query_tiles(plan, *sizes), *key_tiles(plan, *sizes)):
-        walked = [(place, masked) for chunk, masked in triton_naive.chunks(tile, sizes[1]) for place in range(*chunk)]
-        assert [place for place, _ in walked] == list(range(*tile.seen))
-        assert [place for place, masked in walked if not masked] == list(range(*tile.full))
-
-
-@given(interval_plans())
-def test_the_intervals_are_the_plan(plan):
-    start, stop = triton_attention._intervals(plan, torch.device("cpu"))
-    key = torch.arange(plan.keys)
-    assert torch.equal((key >= start[:, None]) & (key < stop[:, None]), plan.dense())
-    assert start.dtype == stop.dtype == torch.int32
-    assert start.data_ptr() % 16 == stop.data_ptr() % 16 == 0
-
-
-def test_tiles_of_packed_scenes_are_cut_per_scene_and_not_per_shot():
-    plan = context_causal(Layout([[Shot(0, (1, 1, 10))] * 3, [Shot(0, (1, 1, 10))] * 3]))
-    for tiles in (query_tiles(plan, 16, 8), key_tiles(plan, 16, 8)):
-        assert sorted(tile.own for tile in tiles) == [(0, 16), (16, 30), (30, 46), (46, 60)]
-    assert max(query_tiles(plan, 16, 8)) == ((46, 60), (30, 60), (30, 46))
-    assert max(key_tiles(plan, 16, 8)) == ((46, 60), (40, 60), (40, 40))
-
-
-# the specification
-
-
-def lse_of(q, k, plan, scale):
-    keys = k.double().repeat_interleave(q.shape[2] // k.shape[2], dim=2)
-    scores = scale * torch.einsum("bqhd,bkhd->bhqk", q.double(), keys)
-    return scores.masked_fill(~plan.dense(device=q.device), float("-inf")).logsumexp(-1)
-
-
-def draw(plan, heads=2, kv_heads=1, head_dim=16, *, batch=2, dtype=torch.float32, device="cpu", seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    shapes = ((plan.queries, heads), (plan.keys, kv_heads), (plan.keys, kv_heads), (plan.queries, heads))
-    return [torch.randn(batch, n, h, head_dim, generator=generator).to(device, dtype) for n, h in shapes]
-
-
-@given(interval_plans(), tile_sizes, st.sampled_from([(1, 1), (4, 2)]), st.sampled_from([0.0, 0.4, -0.3]))
-def test_the_specification_is_the_reference_in_float64(plan, sizes, heads, scale):
-    q, k, v, dout = draw(plan, *heads, 4, dtype=torch.float64)
-    rows, columns = sizes
-    out, lse = triton_naive.forward(q, k, v, plan, scale, rows=rows, columns=columns)
-    got = triton_naive.backward(q, k, v, out, lse, dout, plan, scale, rows=rows, columns=columns)
-    inputs = [x.clone().requires_grad_() for x in (q, k, v)]
-    expected = kernels._run(lambda *x: reference(*x, plan, scale), inputs, dout)
-    for g, e in zip((out, *got), expected, strict=True):
-        torch.testing.assert_close(g, e, rtol=0, atol=1e-12)
-    torch.testing.assert_close(lse, lse_of(q, k, plan, scale), rtol=0, atol=1e-12)
 
 
 # the kernels, under Triton's interpreter
@@ -303,7 +174,7 @@ class TestInterpreted:
         q, k, v, dout = draw(plan, batch=1)
         check(plan, (q, k, v, torch.ones(()).expand_as(dout)))
 
-    def test_keys_that_nobody_sees_are_never_read_and_every_output_is_written(self):
+    def test_unseen_keys_are_not_read_and_all_outputs_are_written(self):
         unseen = ~GAP.dense().any(0)
         q, k, v, dout = draw(GAP, batch=1)
         expected = check(GAP, (q, k, v, dout))
@@ -326,7 +197,7 @@ class TestInterpreted:
 
     @pytest.mark.filterwarnings("ignore:All-NaN slice")  # the interpreter's, of the scenes that are NaN
     @pytest.mark.parametrize("pattern", [bidirectional, context_causal])
-    def test_packing_changes_no_bit_of_a_scene_and_brings_it_no_nan(self, pattern):
+    def test_packing_changes_no_bit_of_a_scene(self, pattern):
         scenes = [[Shot(0, (1, 1, n)) for n in shots] for shots in ((5, 35), (18,), (33, 4))]
         check_packing(pattern, scenes, batch=1)
 
@@ -398,58 +269,8 @@ class TestInterpreted:
             attend(q, k, v, CAUSAL, kernel="triton")
 
 
-# what it refuses
-
-TOLD = Layout([[Shot(3, (1, 4, 5)), Shot(2, (2, 3, 4))]])
-
-
-def request(plan=CAUSAL, device="cuda", dtype=torch.bfloat16, head_dim=128):
-    return KernelRequest(plan, torch.device(device), dtype, 4, 4, head_dim, True)
-
-
-REFUSED = {
-    "device cpu: expected cuda": ("cpu", request(device="cpu", dtype=torch.float32)),
-    "hardware sm_75: expected an NVIDIA GPU of sm_80 or later; use sdpa": ("sm_75", request()),
-    "hardware cuda: expected an NVIDIA GPU": ("cuda", request()),
-    "dtype torch.float64": ("sm_90", request(dtype=torch.float64)),
-    "hardware sm_89: expected one of sm_80, sm_90, sm_100, sm_103 for the shared memory": (
-        "sm_89",
-        request(),
-    ),
-    "head_dim 96: expected one of (16, 32, 64, 128)": ("sm_90", request(head_dim=96)),
-    "gathered plan": ("sm_90", request(plan=selected_history(SCENES, [[], [0], [0], [0, 2], []]))),
-}
-
-
-@has_triton
-@pytest.mark.parametrize("reason", REFUSED)
-def test_it_refuses_with_the_reason(reason, monkeypatch):
-    hardware, asked = REFUSED[reason]
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(KernelRequest, "hardware", hardware)
-    (refusal,) = SPEC.refusals(asked)
-    assert refusal.startswith(reason)
-
-
-@has_triton
-@pytest.mark.parametrize("hardware", ["sm_80", "sm_90", "sm_120"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_it_serves_what_every_query_sees_one_interval_of(hardware, dtype, monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(KernelRequest, "hardware", hardware)
-    for plan in (bidirectional(SCENES), CAUSAL, own_text(TOLD), CAUSAL.rows(SCENES.spans[1])):
-        assert SPEC.refusals(request(plan=plan, dtype=dtype, head_dim=64)) == []
-
-
-def test_it_refuses_without_triton(monkeypatch):
-    monkeypatch.setitem(sys.modules, "triton", None)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(KernelRequest, "hardware", "sm_90")
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    assert any(reason.startswith("no triton") for reason in SPEC.refusals(request()))
-
-
 # the kernels, on a GPU
+
 
 RAGGED_SCENES = [[Shot(0, (1, 1, n)) for n in shots] for shots in ((700, 1, 333, 512), (90, 260))]
 RAGGED = context_causal(Layout(RAGGED_SCENES))
@@ -483,7 +304,7 @@ class TestOnAGpu:
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
     @pytest.mark.parametrize("head_dim", [64, 128])
-    def test_packing_changes_no_bit_of_a_scene_and_brings_it_no_nan(self, head_dim):
+    def test_packing_changes_no_bit_of_a_scene(self, head_dim):
         check_packing(context_causal, RAGGED_SCENES, head_dim=head_dim, dtype=torch.bfloat16, device="cuda")
 
     def test_a_second_call_waits_for_no_copy(self):
@@ -517,6 +338,7 @@ class TestOnAGpu:
 
 
 # the kernels, launched on a Hopper GPU that need not be there
+
 
 #: Bytes of registers that a thread spills; the other kernels spill none.
 SPILLED = {(128, "keys_backward"): 32}
@@ -557,9 +379,7 @@ def launched(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_launches_compile_for_sm_90_with_tensor_cores_that_never_wait_and_hardly_a_spill(
-    head_dim, launched, monkeypatch, capsys
-):
+def test_launches_compile_well_for_sm_90(head_dim, launched, monkeypatch, capsys):
     import triton
 
     monkeypatch.setattr(triton.knobs.nvidia, "dump_ptxas_log", True)

@@ -9,8 +9,8 @@ from hypothesis import given
 from lct_core.layout import Layout, Range, Shot
 from lct_core.patterns import bidirectional, context_causal, selected_history
 from lct_core.plan import AttentionPlan, Segment
+from lct_core.plugins import hooks
 from lct_core.plugins.hooks import KernelRequest
-from lct_core.plugins.registry import hooks
 from lct_core.plugins.torch_kernels import reference
 from lct_plugins import xformers as ours
 from tests.test_rectangles import plans
@@ -185,7 +185,7 @@ def test_one_launch_for_each_entry_on_keys_where_they_are(xformers):
         assert call["op"] == (xformers.flash3.FwOp, xformers.flash3.BwOp)
 
 
-def test_one_launch_for_all_entries_without_a_mask_where_all_see_the_same_keys(xformers):
+def test_equal_keys_are_one_launch_without_a_mask(xformers):
     plan = context_causal(SCENE).rows(SCENE.spans[1])
     assert plan.form == "dense"
     ours.xformers(*draw(plan), plan, 0.3)
@@ -233,7 +233,7 @@ def test_it_refuses_gradients_of_overlapping_ranges_alone(xformers, monkeypatch)
         assert [r.split(":")[0] for r in reasons] == ["gradients where key ranges overlap"] * (name == "context-causal")
 
 
-def test_operators_are_asked_with_a_mask_of_the_kind_and_the_first_that_serves_is_taken(xformers, monkeypatch):
+def test_the_first_operator_that_serves_is_taken(xformers, monkeypatch):
     xformers.flash3.BwOp.reasons = ["too old"]
     for grad, taken in ((False, xformers.flash3), (True, xformers.flash)):
         assert ask(monkeypatch, PLANS["bidirectional"], grad=grad, device="cuda") == []
@@ -257,7 +257,7 @@ def test_determinism_is_asked_for_anew_when_it_changes(xformers, monkeypatch):
     assert ask(monkeypatch, plan, grad=True, device="cuda") == []
 
 
-def test_a_build_without_operators_is_refused_with_its_own_reasons(xformers, monkeypatch):
+def test_a_build_without_operators_is_refused(xformers, monkeypatch):
     for family in (xformers.flash3, xformers.flash, xformers.cutlass):
         family.FwOp.reasons = ["xFormers wasn't build with CUDA support", "operator wasn't built"]
     reasons = ask(monkeypatch, PLANS["one scene"], device="cuda")

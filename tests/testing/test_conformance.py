@@ -9,8 +9,9 @@ import torch
 import lct_core as lct
 from lct_backbones.mmdit import MMDiT, MMDiTBackbone, tiny
 from lct_core import patterns, scene_model
-from lct_core.backbone.adapter import adapter as backbone
-from lct_core.engine import call, scene, visibility
+from lct_core.backbone import adapter as backbone
+from lct_core.cache import kv_cache
+from lct_core.engine import call, dispatch, joining
 from lct_core.plan import AttentionPlan, Segment
 from lct_core.testing.conformance import Finding, conformance
 from lct_core.testing.tolerances import BOUNDS, Bound, error
@@ -308,13 +309,13 @@ def test_scenes_that_see_one_another_are_reported(monkeypatch):
 
 
 def test_a_cache_that_forgets_is_reported(monkeypatch):
-    write = lct.KVCache.write
+    write = kv_cache.write
 
-    def forgetful(self, key, space, k, v):
-        keys, values = write(self, key, space, k, v)
+    def forgetful(here, key, space, k, v):
+        keys, values = write(here, key, space, k, v)
         return keys, torch.cat([torch.zeros_like(values[:, : -v.shape[1]]), v], 1)
 
-    monkeypatch.setattr(lct.KVCache, "write", forgetful)
+    monkeypatch.setattr(kv_cache, "write", forgetful)
     assert broken() == {(4, name) for name in INVARIANTS[4]}
 
 
@@ -326,7 +327,7 @@ def test_a_cached_shot_that_starts_elsewhere_is_reported(monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_shot_without_its_place_is_reported(monkeypatch, dtype):
     """All shots at the origin: the order of shots is lost, yet all is still relative."""
-    monkeypatch.setattr(scene_model, "measured_extent", lambda coords, unit: 0)
+    monkeypatch.setattr(joining, "measured_extent", lambda coords, unit: 0)
     assert broken(dtype=dtype) == {(2, "equals the dense-mask definition")}
 
 
@@ -345,7 +346,7 @@ def test_checkpointing_that_cuts_the_graph_is_reported(monkeypatch):
     def cut(function, *args, use_reentrant):
         return [{name: x.detach() for name, x in new.items()} for new in function(*args)]
 
-    monkeypatch.setattr(scene_model, "checkpoint", cut)
+    monkeypatch.setattr(call, "checkpoint", cut)
     assert broken() == {(6, "gradients with checkpointing equal those without")}
 
 
@@ -356,7 +357,7 @@ def original(key):
     return ORIGINALS[key]
 
 
-class Closure(call._Dispatch):
+class Closure(dispatch.Dispatch):
     """Runs the module that it was made for, also in a copy."""
 
     def __init__(self, module):
@@ -372,7 +373,7 @@ class Closure(call._Dispatch):
 
 
 def test_closures_on_the_originals_weights_are_reported(monkeypatch):
-    monkeypatch.setattr(call, "_Dispatch", Closure)
+    monkeypatch.setattr(dispatch, "Dispatch", Closure)
     for scheme in SCHEMES:
         assert broken(scheme=scheme) == {(8, f"{copy} runs its own weights") for copy in COPIES}
 
@@ -398,9 +399,9 @@ def test_weights_kept_aside_are_reported():
 
 
 def test_an_engine_that_takes_anything_is_reported(monkeypatch):
-    monkeypatch.setattr(visibility, "_pattern", lambda pattern: patterns.PATTERNS.get(pattern, patterns.bidirectional))
+    monkeypatch.setattr(call, "named", lambda pattern: patterns.PATTERNS.get(pattern, patterns.bidirectional))
     assert broken() == {(9, "refuses an unknown pattern")}
-    monkeypatch.setattr(scene, "noise_levels", lambda t, roles, batch: torch.zeros(batch, len(roles)))
+    monkeypatch.setattr(scene_model, "noise_levels", lambda t, roles, batch: torch.zeros(batch, len(roles)))
     assert {(9, "refuses a noise level above 1"), (9, "refuses a noise level too few")} <= broken()
 
 

@@ -118,7 +118,7 @@ def test_one_join_is_for_all_attentions_of_a_module(shots):
 
 
 @pytest.mark.parametrize("count", [0, 1, 3])
-def test_a_module_that_attends_not_once_for_each_of_its_joins_is_an_error(shots, count):
+def test_every_join_needs_one_attention(shots, count):
     layer, joins = Twice(0), [Join(torch.ones(3, 3).bool())] * count
     message = f"joins: got {count} Joins for a Twice whose forward calls scaled_dot_product_attention 2 times"
     with pytest.raises(RuntimeError, match=message):

@@ -1,9 +1,8 @@
 import pytest
 import torch
-from hypothesis import find, given
-from hypothesis import strategies as st
+from hypothesis import find, given, strategies as st
 
-from lct_core.cache import KVCache, Stage
+from lct_core.cache import KVCache, StagedShots
 from lct_core.layout import Layout, Shot
 from lct_core.testing.strategies import cache_operations, layouts, levels, shots
 
@@ -82,16 +81,17 @@ def test_levels_reach_both_ends(edge):
 
 
 @given(cache_operations())
-def test_a_cache_takes_every_operation_and_shows_the_values_selected(operations):
+def test_drawn_operations_suit_a_cache(operations):
     cache, values, seen, held = KVCache(), [], [], []
     for operation in operations:
         if operation.name == "append":
             shot = operation.shot
             v = torch.randn(1, shot.tokens, 1, 4)
-            cache.begin("anchored", torch.ones(1, 2, dtype=torch.float64), "half")
-            _, visible = cache.write((0, "self"), "tokens", torch.randn_like(v), v)
-            assert torch.equal(visible, torch.cat([*(values[i] for i in seen), v], dim=1))
-            cache.stage(Stage((shot,), torch.zeros(1, 1), (cache.end,), (max(shot.grid),)))
+            staged = StagedShots((shot,), torch.zeros(1, 1), (cache.end,), (max(shot.grid),))
+            diagonal = torch.ones(1, 2, dtype=torch.float64)
+            with cache.writing(staged, scheme="anchored", diagonal=diagonal, pairing="half") as write:
+                _, visible = write((0, "self"), "tokens", torch.randn_like(v), v)
+                assert torch.equal(visible, torch.cat([*(values[i] for i in seen), v], dim=1))
             cache.append(len(values))
             seen.append(len(values))
             held.append(len(values))
