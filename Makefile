@@ -19,19 +19,28 @@ RESTARTS := 50
 GPU_TESTS = $(shell grep -rl --include='test_*.py' 'mark\.gpu' tests)
 GPU_BENCHMARKS = $(filter-out benchmarks/test_attention.py,$(shell grep -l 'mark\.gpu' benchmarks/test_*.py))
 
-.PHONY: demo test test-oldest test-newest lint bench bench-history bench-gpu clean
+.PHONY: demo test prove coverage test-oldest test-newest lint bench bench-history bench-gpu clean
 
 demo: .venv/ready  ## train, retrofit, tune and generate: LCT seen to work, in runs/demo
 	$(BIN)/lct demo
 
-test: .venv/ready  ## the whole test suite
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+# What `make test` runs: short draws.
+SHORT = -n $(JOBS) --dist loadfile -m "not prove"
 
-test-oldest: .venv-oldest/ready  ## the same with every dependency at its lower bound: make test-oldest ARGS='-m internals'
-	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+test: .venv/ready  ## the whole test suite, with short draws
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SHORT) $(ARGS)
 
-test-newest: .venv-newest/ready  ## the same with the newest of every dependency
-	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+prove: .venv/ready  ## the same with long draws: hours
+	HYPOTHESIS_PROFILE=nightly OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+
+coverage: .venv/ready  ## which lines of lct_core no test runs
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SHORT) --cov=lct_core --cov-report=term-missing:skip-covered
+
+test-oldest: .venv-oldest/ready  ## `make test` with every dependency at its lower bound
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest $(SHORT) $(ARGS)
+
+test-newest: .venv-newest/ready  ## `make test` with the newest of every dependency
+	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest $(SHORT) $(ARGS)
 
 lint: .venv/ready  ## formatting, lint and types
 	$(BIN)/ruff format --check .

@@ -1,6 +1,7 @@
 """A KV cache without a model, of random keys and values, for what is timed with it."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import pytest
@@ -8,7 +9,8 @@ import torch
 from torch import Tensor
 
 from lct_core import KVCache, Shot
-from lct_core.cache import Stage
+from lct_core.cache import StagedShots
+from lct_core.cache.writing import WriteKeys
 
 Publish = Callable[[dict[str, Any]], None]
 Pair = tuple[Tensor, Tensor]
@@ -54,11 +56,16 @@ QUICK = Size(2, 2, 32, torch.float32, Shot(8, (2, 4, 4)), 2)
 def fill(cache: KVCache, shots: Sequence[Shot], size: Size, device: str, generator: torch.Generator) -> None:
     """Append shots of random keys and values, end to end, under their numbers."""
     for i, shot in enumerate(shots):
-        cache.begin("anchored", size.diagonal, "interleaved")
-        for layer in range(size.depth):
-            cache.write((layer, SITE), "tokens", *size.pair(shot.tokens, device, generator))
-        cache.stage(Stage((shot,), torch.zeros(1, 1), (cache.end,), (max(shot.grid),)))
+        with writing(cache, shot, size) as write:
+            for layer in range(size.depth):
+                write((layer, SITE), "tokens", *size.pair(shot.tokens, device, generator))
         cache.append(i)
+
+
+def writing(cache: KVCache, shot: Shot, size: Size) -> AbstractContextManager[WriteKeys]:
+    """A call that writes a shot behind the history."""
+    staged = StagedShots((shot,), torch.zeros(1, 1), (cache.end,), (max(shot.grid),))
+    return cache.writing(staged, scheme="anchored", diagonal=size.diagonal, pairing="interleaved")
 
 
 def kind(device: str) -> str:

@@ -1,4 +1,8 @@
-"""The correctness check that stands before every measurement."""
+"""The correctness check before every measurement: a kernel that is wrong is not timed.
+
+``check`` compares a kernel with float64 on a small case of the same kind; ``check_difference`` two contenders' results
+at full size. ``passes_of`` is how both, and the harness, run a kernel or a baseline.
+"""
 
 import math
 from collections.abc import Callable, Sequence
@@ -43,7 +47,7 @@ def check(case: Case, name: str) -> dict[str, float]:
     Raises:
         Wrong: for a kernel that is; nothing of it is then timed.
     """
-    _, error, bound = max(_check(_asked(case, name).gate, name), key=lambda found: found[1] / found[2])
+    _, error, bound = max(_check(case_for(case, name).gate, name), key=lambda found: found[1] / found[2])
     return {"error": error, "bound": bound}
 
 
@@ -54,9 +58,9 @@ def _check(case: Case, name: str) -> list[tuple[str, float, float]]:
     definition = _by_autograd(lambda q, k, v: attend(q, k, v, plan, kernel="reference"))
     exact = _outputs(tensors, definition, double=True)
     with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH, SDPBackend.FLASH_ATTENTION]):
-        plain = _outputs(tensors, _passes(case, "masked"))  # cuDNN's gradients with a mask can be NaN
+        plain = _outputs(tensors, passes_of(case, "masked"))  # cuDNN's gradients with a mask can be NaN
     torch.compiler.reset()
-    ours = _outputs(tensors, _passes(case, name))
+    ours = _outputs(tensors, passes_of(case, name))
     found = []
     for what, want, reference, got in zip(("out", "dq", "dk", "dv"), exact, plain, ours, strict=False):
         error, bound = _error(got, want), 2 * _error(reference, want)
@@ -74,8 +78,8 @@ def _outputs(tensors: Sequence[Tensor], passes: Passes, *, double: bool = False)
     return [saved[0].detach(), *(passes.backward(saved, given, given[0].detach()) if grad else ())]
 
 
-def _difference(case: Case, got: tuple[str, Sequence[Tensor]], want: tuple[str, Sequence[Tensor]]) -> float:
-    """The largest difference of two contenders' results, each relative to its largest entry.
+def check_difference(case: Case, got: tuple[str, Sequence[Tensor]], want: tuple[str, Sequence[Tensor]]) -> float:
+    """The largest difference of two contenders' results at full size, each relative to its largest entry.
 
     Raises:
         Wrong: where one is more than both gates allow.
@@ -109,7 +113,7 @@ def attention_tensors(case: Case) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-def _given(case: Case) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor | None]:
+def inputs(case: Case) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor | None]:
     """Queries, keys and values, and the gradient of the output where there is a direction backward."""
     if case.direction == "forward":
         return attention_tensors(case), None
@@ -118,7 +122,7 @@ def _given(case: Case) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor | None]:
     return attention_tensors(case), torch.randn(shape, dtype=case.dtype, device=case.device, generator=generator)
 
 
-def _asked(case: Case, name: str) -> Case:
+def case_for(case: Case, name: str) -> Case:
     """What a contender is asked for: a raw one, where it has no call for the case, for a square of as many pairs."""
     whole = ("dense", "packed") if name == "raw-flash3" else ("dense",)
     if not name.startswith("raw-") or case.plan.form in whole:
@@ -127,7 +131,7 @@ def _asked(case: Case, name: str) -> Case:
     return replace(case, layout=row([tokens]), pattern="bidirectional", last_shot=False)
 
 
-def _passes(case: Case, name: str, *, keep: bool = False) -> Passes:
+def passes_of(case: Case, name: str, *, keep: bool = False) -> Passes:
     """A kernel of the registry, or a peer; with `keep`, its backward pass can be run again."""
     plan = case.plan
     if name == "raw-flash3":

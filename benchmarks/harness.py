@@ -1,16 +1,14 @@
-"""How it is measured: interleaved rounds, ratios within a round, a correctness gate first, and a record of the rest."""
+"""One attention case, measured: the gate first, then interleaved rounds, then a record of all that it depends on."""
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
-from itertools import cycle
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.cases import BEHIND, COMPILED, Case, Goal
-from benchmarks.gate import Wrong, _asked, _difference, _given, _passes, check
+from benchmarks.gate import Wrong, case_for, check, check_difference, inputs, passes_of
 from benchmarks.provenance import ROOT, machine, record
 from benchmarks.timing import (
     Comparison,
@@ -18,26 +16,24 @@ from benchmarks.timing import (
     Failed,
     Run,
     Running,
-    _cuda_seconds,
-    _synchronize,
-    _timed,
     estimate,
+    first_call,
     interleave,
     measured,
     ratio,
+    synchronize,
+    warm_up,
 )
 from lct_core import KernelRequest, PluginError, registry
 
 RESULTS = ROOT / "benchmarks" / "results"
 QUICK_RESULTS = ROOT / "runs" / "benchmarks"
 
-
 #: The roofline: sides of the square matrices that are multiplied, and bytes that are copied, many times any cache.
 MULTIPLIED = {"cpu": 2048, "cuda": 8192}
 COPIED = {"cpu": 2**28, "cuda": 2**31}
 
 PATIENCE = 4  # budgets that a first call may take
-WARM = 0.5  # seconds of a GPU's work before the first round
 
 
 class DeviceLost(Exception):
@@ -49,15 +45,19 @@ class DeviceLost(Exception):
 
 
 def measure(case: Case, *, kernels: Sequence[str] = (), lost: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """A case's record: every kernel that takes part, behind its gate, beside the peers of the case's goals.
+    """Benchmarks kernels that pass correctness, beside baselines.
 
     A kernel that is wrong, or raises, is left out of the timing, and the record says why. Wrong is also one whose first
     result at full size is farther from the first contender's than the bounds of both gates together.
 
     Args:
-        case: What to measure.
-        kernels: The kernels that take part, where it is not for the case to say.
+        case: What to measure; its goals name the baselines.
+        kernels: The kernels that take part, where it is not for the case to say; there are then no baselines but a
+            matrix product and a copy.
         lost: Kernels that are left out from the start, with the reason.
+
+    Returns:
+        The case's record.
 
     Raises:
         DeviceLost: where nothing runs on the GPU in this process, from the start or after a kernel's error.
@@ -79,7 +79,7 @@ def measure(case: Case, *, kernels: Sequence[str] = (), lost: Mapping[str, str] 
     def attempt(name: str, call: Callable[[], Any]) -> Any:
         try:
             value = call()
-            _synchronize(case.device)
+            synchronize(case.device)
             return value
         except Wrong as error:
             lost[name] = f"wrong: {error}"
@@ -92,18 +92,18 @@ def measure(case: Case, *, kernels: Sequence[str] = (), lost: Mapping[str, str] 
     gated = [name for name in [*names, *peers] if name not in (*lost, "dense", "masked")]
     gates = {name: dict(gate) for name in gated if (gate := attempt(name, partial(check, case, name)))}
     torch.compiler.reset()  # so that what is compiled is compiled for this shape, not for any
-    tensors, first, standards = cache(_given), {}, {}
+    tensors, first, standards = cache(inputs), {}, {}
 
     def begin(name: str) -> Contender:
-        asked = _asked(case, name)
+        asked = case_for(case, name)
         contender = _contender(asked, name, tensors)
-        first[name], results = _first(case, contender)
+        first[name], results = first_call(contender, case.device)
         if case.budget is not None and name not in COMPILED and first[name] > PATIENCE * case.budget:
             raise TimeoutError(f"its first call took {first[name]:.3g} s, more than {PATIENCE * case.budget:.3g}")
         if name in gates:
             standard, expected = standards.setdefault(asked, (name, results))
             if standard != name:
-                gates[name]["difference"] = _difference(asked, (name, results), (standard, expected))
+                gates[name]["difference"] = check_difference(asked, (name, results), (standard, expected))
         return contender
 
     order = sorted([*names, *peers], key=lambda name: name != "sdpa")  # by which, if it takes part, others are checked
@@ -113,11 +113,11 @@ def measure(case: Case, *, kernels: Sequence[str] = (), lost: Mapping[str, str] 
     standards.clear()
     for name, contender in (("gemm", _gemm(case)), ("copy", _copy(case))):
         contenders[name] = contender
-        first[name], _ = _first(case, contender)
+        first[name], _ = first_call(contender, case.device)
     try:
         with Running(case.device) as running:
             if case.device == "cuda":
-                _warm(contenders)
+                warm_up(contenders)
             seconds = interleave(
                 contenders, warmup=case.warmup, rounds=case.rounds, device=case.device, budget=case.budget
             )
@@ -212,7 +212,7 @@ def _contender(case: Case, name: str, given: Callable[[Case], tuple[Sequence[Ten
     """Backward, the forward pass is kept, but not of what is compiled, which gives away what it saved."""
     flops = case.cost(case.plan.queries * case.plan.keys) if name == "dense" else case.flops
     keep = case.direction == "backward" and name not in COMPILED
-    passes, (tensors, dout), kept = _passes(case, name, keep=keep), given(case), []
+    passes, (tensors, dout), kept = passes_of(case, name, keep=keep), given(case), []
 
     def forward() -> tuple[Tensor, ...]:
         saved = kept[0] if kept else passes.forward(*tensors)
@@ -232,14 +232,6 @@ def _contender(case: Case, name: str, given: Callable[[Case], tuple[Sequence[Ten
     return Contender(runs[case.direction], flops)
 
 
-def _first(case: Case, contender: Contender) -> tuple[float, Any]:
-    """The seconds of the first call, which compiles, plans and allocates, and what it gives."""
-    begin = time.perf_counter()
-    results = contender.prepare()()
-    _synchronize(case.device)
-    return time.perf_counter() - begin, results
-
-
 def _gemm(case: Case) -> Contender:
     size = MULTIPLIED[case.device]
     a, b = (torch.randn(size, size, dtype=case.dtype, device=case.device) for _ in range(2))
@@ -252,18 +244,10 @@ def _copy(case: Case) -> Contender:
     return Contender(lambda: lambda: copy.copy_(original))
 
 
-def _warm(contenders: Mapping[str, Contender]) -> None:
-    spent = 0.0
-    for name, contender in cycle(contenders.items()):
-        if spent >= WARM:
-            return
-        spent += _timed(name, contender, _cuda_seconds)
-
-
 def alive(device: str) -> bool:
     """Whether the device still answers; an illegal memory access ends all use of a GPU by its process."""
     try:
-        _synchronize(device)
+        synchronize(device)
     except RuntimeError:
         return False
     return True

@@ -23,10 +23,9 @@ from benchmarks.report import table
 from lct_core import KVCache, Layout, SceneModel, ShotInput, context_causal
 from lct_core.backbone.inputs import collate_shots
 from lct_core.checkpoints.tuned import Tuned
-from lct_core.cli.tuned import parse_size
 from lct_core.codec import Codec
 from lct_core.demo.metrics import adherence, appearance_error, drift
-from lct_core.demo.world import Scene, sample_scene
+from lct_core.demo.world import WorldScene, sample_scene
 from lct_core.generation import Director, Guidance, Step, Take, negative_texts, start_scene
 from lct_core.noise import keyed_generator
 from lct_core.patterns import Pattern, first_frames
@@ -78,7 +77,7 @@ class Scenes:
     """Scenes that can be generated, all at once; their shots count from 1, behind the global one."""
 
     lab: Lab
-    worlds: Sequence[Scene]
+    worlds: Sequence[WorldScene]
     inputs: Sequence[ShotInput]
 
     def direct(self, **changes: Any) -> Director:
@@ -361,7 +360,8 @@ def load(checkpoint: Path, *, scenes: int, steps: int) -> Lab:
     if tuned.pattern != "context_causal":
         raise ValueError(f"{checkpoint}: tuned with {tuned.pattern} attention, expected the causal.pt of lct demo")
     model, codec = tuned.build(torch.device("cpu"))
-    size = parse_size(None, tuned.card.size)
+    frames, height, width = tuned.card.size
+    size = (frames, height, width)
     return Lab(model=model, codec=codec, size=size, window=tuned.window, count=scenes, steps=steps)
 
 

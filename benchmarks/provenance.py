@@ -16,10 +16,9 @@ import cpuinfo
 import torch
 
 from benchmarks.cases import Case
-from benchmarks.timing import Comparison, _nvidia_smi
+from benchmarks.timing import Comparison, nvidia_smi
 
 ROOT = Path(__file__).parents[1]
-
 
 #: What a result depends on: where any of it changes, the case is measured again.
 SOURCES = (
@@ -30,7 +29,6 @@ SOURCES = (
     "benchmarks/harness.py",
     "benchmarks/timing.py",
 )
-
 
 #: Distributions whose versions are recorded where they are installed.
 PACKAGES = (
@@ -43,17 +41,6 @@ PACKAGES = (
     "nvidia-cudnn-frontend",
     "nvidia-cutlass-dsl",
 )
-
-
-def standing(case: Case, folder: Path) -> dict[str, Any] | None:
-    """What is on record of a case, if it was measured on this machine with these versions and this source."""
-    path = folder / f"{case.name}.json"
-    if not path.exists():
-        return None
-    found: dict[str, Any] = json.loads(path.read_text())
-    same = {"machine": machine(case.device), "versions": versions(case.device), "shape": case.shape}
-    alike = all(found[key] == value for key, value in same.items())
-    return found if alike and found["source"].get("digest") == source()["digest"] else None
 
 
 def record(
@@ -88,6 +75,17 @@ def write(measurement: Mapping[str, Any], folder: Path) -> None:
     """Write a record to ``folder/<name>.json``."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{measurement['name']}.json").write_text(json.dumps(measurement, indent=2) + "\n")
+
+
+def standing(case: Case, folder: Path) -> dict[str, Any] | None:
+    """What is on record of a case, if it was measured on this machine with these versions and this source."""
+    path = folder / f"{case.name}.json"
+    if not path.exists():
+        return None
+    found: dict[str, Any] = json.loads(path.read_text())
+    same = {"machine": machine(case.device), "versions": versions(case.device), "shape": case.shape}
+    alike = all(found[key] == value for key, value in same.items())
+    return found if alike and found["source"].get("digest") == source()["digest"] else None
 
 
 def machine(device: str) -> dict[str, Any]:
@@ -125,7 +123,7 @@ def _cpu() -> dict[str, Any]:
 @cache
 def _gpu() -> dict[str, str]:
     try:
-        driver = _output(*_nvidia_smi("driver_version"))
+        driver = _output(*nvidia_smi("driver_version"))
     except (OSError, subprocess.CalledProcessError):
         driver = "unknown"
     return {"gpu": torch.cuda.get_device_name(), "driver": driver, "cuda": str(torch.version.cuda)}

@@ -10,7 +10,7 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks import provenance, timing
-from benchmarks.filled_cache import DEVICES, QUICK, SITE, Pair, Publish, Size, fill, kind
+from benchmarks.filled_cache import DEVICES, QUICK, SITE, Pair, Publish, Size, fill, kind, writing
 from benchmarks.generation_cost import scene_of
 from benchmarks.test_generation import SMALL, model_of
 from lct_core import KVCache, Layout, Shot
@@ -39,8 +39,8 @@ def test_what_is_done_between_shots(
 
     def call(of: KVCache) -> list[Pair]:
         """Write the current shot behind a history, and see both."""
-        of.begin("anchored", size.diagonal, "interleaved")
-        return [of.write((layer, SITE), "tokens", *pair) for layer, pair in enumerate(current)]
+        with writing(of, size.shot, size) as write:
+            return [write((layer, SITE), "tokens", *pair) for layer, pair in enumerate(current)]
 
     def selecting(*, reposition: bool) -> timing.Run:
         cache.select(ids)
@@ -57,7 +57,7 @@ def test_what_is_done_between_shots(
     copy, content, saved = torch.empty_like(everything), everything.cpu().numpy(), tmp_path / "saved"
     cache.save(saved, model)
 
-    def writing() -> None:
+    def plain_write() -> None:
         with (tmp_path / "plain").open("wb") as file:
             file.write(content)
             file.flush()
@@ -90,7 +90,7 @@ def test_what_is_done_between_shots(
         "select and move": timing.Contender(partial(selecting, reposition=True)),
         "fork": timing.Contender(lambda: cache.fork),
         "first write of a fork": timing.Contender(forked),
-        "plain file": timing.Contender(lambda: writing),
+        "plain file": timing.Contender(lambda: plain_write),
         "save": timing.Contender(saving),
         "plain read": timing.Contender(lambda: reading),
         "load": timing.Contender(lambda: loading),

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks import provenance, timing
-from benchmarks.filled_cache import DEVICES, QUICK, SITE, Publish, Size, fill, kind
+from benchmarks.filled_cache import DEVICES, QUICK, SITE, Publish, Size, fill, kind, writing
 from benchmarks.generation_cost import scene_of
 from benchmarks.report import goal
 from lct_core import AttentionPlan, KVCache, Layout, Shot, attend, context_causal
@@ -45,14 +45,14 @@ def test_a_step_behind_the_cache(
     current = [size.pair(size.shot.tokens, device, generator) for _ in range(size.depth)]
 
     def step() -> list[Tensor]:
-        cache.begin("anchored", size.diagonal, "interleaved")
         outs = []
-        for layer, (q, pair) in enumerate(zip(queries, current, strict=True)):
-            outs.append(attend(q, *cache.write((layer, SITE), "tokens", *pair), plan))
+        with writing(cache, size.shot, size) as write:
+            for layer, (q, pair) in enumerate(zip(queries, current, strict=True)):
+                outs.append(attend(q, *write((layer, SITE), "tokens", *pair), plan))
         return outs
 
-    cache.begin("anchored", size.diagonal, "interleaved")
-    seen = [[x.clone() for x in cache.write((i, SITE), "tokens", *pair)] for i, pair in enumerate(current)]
+    with writing(cache, size.shot, size) as write:
+        seen = [[x.clone() for x in write((i, SITE), "tokens", *pair)] for i, pair in enumerate(current)]
     history = [[x[:, : -size.shot.tokens].clone() for x in pair] for pair in seen]
 
     def joined() -> list[Tensor]:

@@ -1,16 +1,24 @@
-"""Interleaved rounds, and ratios within a round."""
+"""How contenders are timed: in interleaved rounds, as ratios within a round; and what a GPU does meanwhile.
+
+``interleave`` gives the seconds of every contender in every round; ``ratio``, ``estimate`` and ``measured`` say what
+they come to. :class:`Running` samples the clock and power of a GPU.
+"""
 
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import cycle
 from typing import Any, NamedTuple
 
 import torch
 
 FEWEST_ROUNDS = 2  # both orders
+WARM = 0.5  # seconds of a GPU's work before the first round
 
+#: What is asked of the driver while something runs, and how it is recorded.
+RUNNING = {"clocks.sm": "sm_clock_megahertz", "power.draw": "power_watts"}
 
 Run = Callable[[], object]
 
@@ -94,6 +102,27 @@ def interleave(
     return seconds
 
 
+def first_call(contender: Contender, device: str) -> tuple[float, Any]:
+    """The seconds of the first call, which compiles, plans and allocates, and what it gives."""
+    begin = time.perf_counter()
+    results = contender.prepare()()
+    synchronize(device)
+    return time.perf_counter() - begin, results
+
+
+def warm_up(contenders: Mapping[str, Contender]) -> None:
+    """Let a GPU run the contenders in turn for half a second of its time.
+
+    Raises:
+        Failed: for a contender that raises.
+    """
+    spent = 0.0
+    for name, contender in cycle(contenders.items()):
+        if spent >= WARM:
+            return
+        spent += _timed(name, contender, _cuda_seconds)
+
+
 def estimate(values: Sequence[float]) -> Estimate:
     """The median and its spread."""
     places = torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64)
@@ -120,7 +149,49 @@ def measured(seconds: Mapping[str, list[float]], contenders: Mapping[str, Conten
     }
 
 
-def _synchronize(device: str) -> None:
+class Running:
+    """The SM clock and power of a GPU while something runs, five times a second."""
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+        self._process: subprocess.Popen[str] | None = None
+        self._told = ""
+
+    def __enter__(self) -> "Running":
+        if self._device == "cuda":
+            with suppress(OSError):  # what no driver tells is not recorded
+                self._process = subprocess.Popen(
+                    [*nvidia_smi(*RUNNING), "--loop-ms=200"], stdout=subprocess.PIPE, text=True
+                )
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._process:
+            self._process.terminate()
+            self._told, _ = self._process.communicate()
+
+    def estimates(self) -> dict[str, dict[str, float]]:
+        """Median and spread of each."""
+        samples = []
+        for line in self._told.split("\n")[:-1]:  # the last may have been cut off
+            with suppress(ValueError):
+                samples.append([float(value) for value in line.split(", ")])
+        columns = zip(*samples, strict=True)
+        return {name: estimate(values)._asdict() for name, values in zip(RUNNING.values(), columns, strict=False)}
+
+
+def nvidia_smi(*fields: str) -> list[str]:
+    """The command that asks the driver for some fields of the GPU."""
+    return [
+        "nvidia-smi",
+        f"--id=GPU-{torch.cuda.get_device_properties(0).uuid}",
+        f"--query-gpu={','.join(fields)}",
+        "--format=csv,noheader,nounits",
+    ]
+
+
+def synchronize(device: str) -> None:
+    """Wait until the device has done all that it was given."""
     if device == "cuda":
         torch.cuda.synchronize()
 
@@ -151,48 +222,3 @@ def _cuda_seconds(run: Run) -> float:
     end.record()
     torch.cuda.synchronize()
     return start.elapsed_time(end) / 1000
-
-
-#: What is asked of the driver while something runs, and how it is recorded.
-RUNNING = {"clocks.sm": "sm_clock_megahertz", "power.draw": "power_watts"}
-
-
-class Running:
-    """The SM clock and power of a GPU while something runs, five times a second."""
-
-    def __init__(self, device: str) -> None:
-        self._device = device
-        self._process: subprocess.Popen[str] | None = None
-        self._told = ""
-
-    def __enter__(self) -> "Running":
-        if self._device == "cuda":
-            with suppress(OSError):  # what no driver tells is not recorded
-                self._process = subprocess.Popen(
-                    [*_nvidia_smi(*RUNNING), "--loop-ms=200"], stdout=subprocess.PIPE, text=True
-                )
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self._process:
-            self._process.terminate()
-            self._told, _ = self._process.communicate()
-
-    def estimates(self) -> dict[str, dict[str, float]]:
-        """Median and spread of each."""
-        samples = []
-        for line in self._told.split("\n")[:-1]:  # the last may have been cut off
-            with suppress(ValueError):
-                samples.append([float(value) for value in line.split(", ")])
-        columns = zip(*samples, strict=True)
-        return {name: estimate(values)._asdict() for name, values in zip(RUNNING.values(), columns, strict=False)}
-
-
-def _nvidia_smi(*fields: str) -> list[str]:
-    """The command that asks for them."""
-    return [
-        "nvidia-smi",
-        f"--id=GPU-{torch.cuda.get_device_properties(0).uuid}",
-        f"--query-gpu={','.join(fields)}",
-        "--format=csv,noheader,nounits",
-    ]
