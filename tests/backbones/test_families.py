@@ -3,7 +3,7 @@
 import re
 from dataclasses import replace
 from importlib import import_module
-from itertools import accumulate
+from itertools import accumulate, groupby
 from pathlib import Path
 
 import diffusers
@@ -20,6 +20,7 @@ diffusers.logging.set_verbosity_error()  # of casts to bfloat16 that its own loa
 
 FAMILIES = sorted(path.stem for path in (Path(__file__).parent / "families").glob("[!_]*.py") if path.stem != "case")
 CASES = [case for family in FAMILIES for case in import_module(f"tests.backbones.families.{family}").CASES]
+FIRST = [next(cases) for _, cases in groupby(CASES, key=lambda case: case.model.__module__)]  # of every family
 FLOAT32 = BOUNDS[torch.float32]
 
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
@@ -132,8 +133,16 @@ def test_a_global_prompt_and_those_of_other_shots_are_heard(case, text, pattern)
         assert worst(got, expected) <= FLOAT32["cached"].absolute
 
 
-@every_case
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        *(pytest.param(case, torch.float32, id=f"float32-{case}") for case in CASES),
+        *(
+            pytest.param(case, torch.bfloat16, id=f"bfloat16-{case}", marks=() if case in FIRST else pytest.mark.prove)
+            for case in CASES
+        ),
+    ],
+)
 def test_conformance(case, dtype):
     broken = [f for f in conformance(case.model, dtypes=[dtype]) if not f.holds]
     assert not broken, "\n".join(map(str, broken))
