@@ -208,7 +208,9 @@ def test_a_process_that_refuses():
 
 def test_a_process_that_is_interrupted(tmp_path):
     (tmp_path / "slow.py").write_text(
-        "import os, signal, time\n\ndef make():\n    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(60)\n"
+        "import os, signal, time\n\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore\n\n"
+        "def make():\n    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(60)\n"
     )
     done = lct("conformance", "slow:make")
     assert done.returncode == 130
