@@ -71,7 +71,8 @@ def publish(
     return keep
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+# The name is in quotes since pytest 8.3 does not export it.
+def pytest_terminal_summary(terminalreporter: "pytest.TerminalReporter", config: pytest.Config) -> None:
     if published := config.stash[PUBLISHED]:
         terminalreporter.section("goals")
     for measurement in published:
