@@ -5,8 +5,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,28 @@ def make_folder(path: Path) -> None:
         raise NotADirectoryError(
             errno.ENOTDIR, f"{path}: there is a file in the place of a folder; use another folder, or move the file"
         ) from error
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Write a file beside another, whose place it takes only when all is on the disk; on an error nothing changes.
+
+    Args:
+        path: The file to replace, or to make; its folder must exist.
+
+    Yields:
+        Where to write inside the ``with``: a name with the same ending.
+    """
+    partial = path.with_name(f"{path.stem}.partial{path.suffix}")
+    try:
+        yield partial
+        with partial.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    _sync(path.parent)
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> str:
@@ -167,28 +189,22 @@ def _replace(
     size: int,
     watch: Callable[[bytes | memoryview], object] = lambda _: None,
 ) -> None:
-    """Write parts of so many bytes in all to a file beside, then let it take the path in one step."""
-    partial = path.with_name(path.name + ".partial")
+    """Write parts of so many bytes in all in the place of a file, and say what they need where the disk is full."""
     try:
-        with partial.open("wb") as file:
+        with replacing(path) as partial, partial.open("wb") as file:
             for part in parts:
                 watch(part)
                 file.write(part)
                 del part  # before the next one is made
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException as error:
-        partial.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            free = shutil.disk_usage(path.parent).free
-            raise OSError(
-                error.errno,
-                f"{path}: the disk is full: it needs {size} bytes, and {free} are free; what was written before is "
-                "whole; free some space, or use a folder on another disk",
-            ) from error
-        raise
-    _sync(path.parent)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        free = shutil.disk_usage(path.parent).free
+        raise OSError(
+            error.errno,
+            f"{path}: the disk is full: it needs {size} bytes, and {free} are free; what was written before is "
+            "whole; free some space, or use a folder on another disk",
+        ) from error
 
 
 def _sync(folder: Path) -> None:

@@ -5,17 +5,11 @@ their precision whatever the dtype of what is rotated. RoPE: Su et al., arXiv 21
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import torch
-from torch import Tensor
-
-if TYPE_CHECKING:  # they import the cache
-    pass
-
-from typing import Literal, NamedTuple, Protocol, get_args
-
 from jaxtyping import Float, Shaped
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 Pairing = Literal["interleaved", "half", "half_per_axis"]

@@ -191,7 +191,7 @@ BIG = {"k": torch.ones(300_000), "v": torch.zeros(300_000)}
 @contextmanager
 def always_full(path):
     """A real device without room, in the place of the file that is being written."""
-    path.with_name(path.name + ".partial").symlink_to("/dev/full")
+    path.with_name(f"{path.stem}.partial{path.suffix}").symlink_to("/dev/full")
     yield
 
 
@@ -278,7 +278,7 @@ def test_folders_that_cannot_be_synced(tmp_path):
 
 def test_what_a_killed_process_left_is_written_over(tmp_path):
     path = tmp_path / "shot.safetensors"
-    path.with_name("shot.safetensors.partial").write_bytes(bytes(100_000))
+    path.with_name("shot.partial.safetensors").write_bytes(bytes(100_000))
     assert same(read_tensors(path, digest=write_tensors(path, MANY, {}))[0], MANY)
     assert [file.name for file in tmp_path.iterdir()] == ["shot.safetensors"]
 
@@ -294,7 +294,8 @@ def test_everything_is_on_the_disk_before_it_counts(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", lambda *paths: order.append(tuple(map(str, paths))))
     path = tmp_path / "index.json"
     write_json(path, {})
-    assert order == [f"{path}.partial", (f"{path}.partial", str(path)), str(tmp_path)]
+    partial = str(tmp_path / "index.partial.json")
+    assert order == [partial, (partial, str(path)), str(tmp_path)]
 
 
 # Indices.

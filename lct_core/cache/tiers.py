@@ -146,7 +146,7 @@ def release_file(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-_NAME = re.compile(r"[A-Za-z0-9-]+-[0-9a-f]{12}\.safetensors(\.partial)?")  # of a shot's file
+_NAME = re.compile(r"[A-Za-z0-9-]+-[0-9a-f]{12}(\.partial)?\.safetensors")  # of a shot's file
 _users: Counter[Path] = Counter()  # references to each file, in this process
 _scratch: set[Path] = set()  # the files that are deleted when their last reference is released
 

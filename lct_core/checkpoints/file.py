@@ -1,11 +1,12 @@
 """Files to go on from: written whole or not at all, read without running anything in them."""
 
-import os
 from pathlib import Path
 from typing import Any
 from zipfile import is_zipfile
 
 import torch
+
+from lct_core.files import replacing
 
 _FORMAT = "lct checkpoint 1"
 
@@ -17,10 +18,8 @@ def save_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
         path: File to write; its folder must exist.
         content: What to keep.
     """
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    torch.save({"format": _FORMAT, **content}, partial)
-    os.replace(partial, path)
+    with replacing(Path(path)) as partial:
+        torch.save({"format": _FORMAT, **content}, partial)
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from lct_core.backbone import Backbone
 from lct_core.cli import options
 from lct_core.cli.asked import adapter_of, as_taken, refuse, script_layout
 from lct_core.cli.kernel_rows import KernelRow, auto_choice, kernel_rows
+from lct_core.cli.machine import usable
 from lct_core.cli.shots import EXAMPLE, parse_shots
 from lct_core.cli.tables import short, table
 from lct_core.cli.user_code import own_code
@@ -101,7 +102,7 @@ def run(
     requests = {
         name: KernelRequest(
             plan=plans[name],
-            device=_device(device),
+            device=usable(device or ("cuda" if torch.cuda.is_available() else "cpu")),
             dtype=getattr(torch, dtype),
             heads=heads,
             kv_heads=options.check_kv_heads(heads, kv_heads),
@@ -186,14 +187,3 @@ def _lines(words: Mapping[str, str]) -> Table:
     for name, said in words.items():
         table.add_row(name, said)
     return table
-
-
-def _device(name: str | None) -> torch.device:
-    """The device, or ``ValueError`` where this machine does not have it."""
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--device: got {name!r}, expected a device of this machine, like cpu: {reason}") from error

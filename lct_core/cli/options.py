@@ -73,7 +73,9 @@ sampling = _together(
         default=1.0,
         help="Above 1 for more of the steps at high noise, as the base model's pipeline has it; 1 is equal steps.",
     ),
-    click.option("--guidance", type=FINITE, default=7.5, help="On the texts; 1 is none."),
+    click.option(
+        "--guidance", type=FINITE, default=7.5, help="Scale of classifier-free guidance, on the texts alone; 1 is none."
+    ),
     click.option(
         "--negative",
         metavar="TEXT",

@@ -109,10 +109,7 @@ def of_model(adapter: Backbone, codec: Codec | None, wanted: Wanted, *, asking: 
         if wanted.size is None:
             raise ValueError(f"{asking}: got it without --size, expected frames, height and width in pixels")
         pixels = parse_size(wanted.size, (0, 0, 0))
-        try:
-            codec.latent_shape(*pixels)
-        except ValueError as error:
-            raise ValueError(f"--size: {error}") from error
+        check_size(pixels, codec, name="--size", as_video=False)
         return _of_codec(model, codec, pixels, wanted)
     if wanted.dtype is not None:
         adapter.cast(getattr(torch, wanted.dtype))
@@ -127,7 +124,7 @@ def of_model(adapter: Backbone, codec: Codec | None, wanted: Wanted, *, asking: 
     sampling = wanted.sampling
     if sampling.guidance is not None:
         guidance = Guidance(text=scene[-1].text, extras=prompt, shared_history=sampling.shared_history)
-        sampling = replace(sampling, guidance=guidance)
+        sampling = replace(sampling, guidance=guidance, shared_history=False)
     return _subject(model, scene, sampling)
 
 

@@ -67,7 +67,8 @@ def held(
 def least_budget(meter: Meter, scenes: Sequence[Sequence[Shot]], run: Sequence[Pass], *, device: str = "cpu") -> int:
     """Bytes on the device with which some passes can be run while no shot stays there.
 
-    Room for the history at one attention, for what a call writes at all of them, and once more at one in passing.
+    Room for the history at one attention, for what a call writes at all of them, and for a temporary copy at
+    one of them.
 
     Args:
         meter: Knows the model's attentions.

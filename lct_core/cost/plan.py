@@ -52,7 +52,7 @@ class Plan:
         cost: Operations in all.
         cache: Bytes of keys and values that are held in the end, by tier, in all branches.
         least_budget: Least :attr:`Budget.device` of each branch with which no shot need stay on the device.
-        peak_cache: Most bytes that the caches hold on the device, copies in passing included.
+        peak_cache: Most bytes that the caches hold on the device, temporary copies included.
         weights: Bytes of the model's weights and buffers.
         activations: Most bytes that are alive in a pass beside them, for the shots of a row.
         seconds: Expected time; None where no throughput is known.
@@ -99,7 +99,7 @@ def plan(
         given: Shots that are not to be generated, by index.
         pattern: Who sees whom in a row; the mode ``causal`` is context-causal.
         negative: The scene with the negative prompts of guidance, which runs every pass a second time and keeps a
-            second cache (default: no guidance).
+            second cache, but at a scale of 1 (default: no guidance).
         device: The kind of device that it is run on, ``"cpu"`` or ``"cuda"``.
         throughput: How fast the model is (default: no time is given).
         sampling: How it generates, see :func:`lct_core.cost.passes` (default: ``Sampling()``). Where a history is
@@ -116,9 +116,10 @@ def plan(
     prompted = adapter.traits.text == "cross" and any(shot.role == "global" for shot in scene)
     text: TextScope = "own_and_global" if prompted else "own"
     meter = model if isinstance(model, Meter) else Meter(model, text=text)
-    scenes = [scene] if negative is None else [scene, negative]
-    if any([(s.grid, s.role) for s in branch] != [(s.grid, s.role) for s in scene] for branch in scenes):
-        raise ValueError(f"negative: got {list(scenes[-1])}, expected the scene's shots with texts of other lengths")
+    if negative is not None and [(s.grid, s.role) for s in negative] != [(s.grid, s.role) for s in scene]:
+        raise ValueError(f"negative: got {list(negative)}, expected the scene's shots with texts of other lengths")
+    spared = sampling.guidance is not None and not sampling.guided
+    scenes = [scene] if negative is None or spared else [scene, negative]
     if negative is None and sampling.guided:
         raise ValueError(
             "negative: got None, but the sampling has guidance, which runs every pass a second time; expected the "

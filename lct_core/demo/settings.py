@@ -88,7 +88,7 @@ class DemoSettings:
 
 
 def quick(*, seed: int) -> DemoSettings:
-    """Under 90 seconds: the same code, weaker numbers."""
+    """Under two minutes: the same code, weaker numbers."""
     return DemoSettings(
         seed=seed,
         scenes=120,

@@ -21,15 +21,15 @@ from lct_core.patterns import Pattern
 
 
 class HeldTake(NamedTuple):
-    """A take that was not kept yet, and whose keys the caches hold, of one call of its loop.
+    """The take made last, where the caches hold the keys and values that one of its denoising steps wrote.
 
     Args:
-        call: Which, from 0.
+        step: The step, from 0.
         take: The take, its history chosen.
-        results: What came of it.
+        results: Its clean latents, by shot.
     """
 
-    call: int
+    step: int
     take: Take
     results: dict[int, Latents]
 

@@ -152,7 +152,9 @@ class Director:
         seen, active = self.seen(take), take.shots
         behind = (*self._everywhere, *seen) if take.cached else None
         row = active if take.cached else (*self._everywhere, *merge(seen, active))
-        held = {} if take.cached else {i: history_condition(self.model, i, self._done[i], self.seed) for i in seen}
+        conditions = (
+            {} if take.cached else {i: history_condition(self.model, i, self._done[i], self.seed) for i in seen}
+        )
         noisy = noisy_parts(self.model, self.scene, active)
         path = self.model.adapter.traits.path
         levels = call_levels(self._steps, path)
@@ -166,9 +168,9 @@ class Director:
         def velocity(latents: list[Latents], t: float) -> list[Latents]:
             # A shot that is done is what it was made from, whatever the scene says now.
             change = self._branches.predict(
-                {i: self._done[i].shot if i in held else self.scene[i] for i in row},
-                {**held, **dict(zip(active, latents, strict=True))},
-                {**{i: self._done[i].level / 1000 for i in held}, **dict.fromkeys(active, t)},
+                {i: self._done[i].shot if i in conditions else self.scene[i] for i in row},
+                {**conditions, **dict(zip(active, latents, strict=True))},
+                {**{i: self._done[i].level / 1000 for i in conditions}, **dict.fromkeys(active, t)},
                 active,
                 pattern=take.pattern,
                 behind=behind,
@@ -214,8 +216,8 @@ class Director:
         if sorted(results) != list(take.shots):
             raise ValueError(f"results: got shots {sorted(results)}, expected those of the take, {list(take.shots)}")
         self._check(results, t_c)
-        held = self._holds(results, replace(take, history=history), self._level(take.shots[0], t_c))
-        self._replaced(take.shots, held=held)
+        has_keys = self._holds(results, replace(take, history=history), self._level(take.shots[0], t_c))
+        self._replaced(take.shots, has_keys=has_keys)
         for i in take.shots:
             self._done[i] = DoneShot(
                 latents=results[i],
@@ -226,7 +228,7 @@ class Director:
                 pattern=take.pattern,
                 given=False,
             )
-        if held:
+        if has_keys:
             self._branches.append(*take.shots)
             self._branches.held = None
 
@@ -319,16 +321,16 @@ class Director:
         held = self._branches.held
         if held is None or held.take != take or any(held.results.get(i) is not z for i, z in results.items()):
             return False
-        return held.call == nearest(call_levels(self._steps, self.model.adapter.traits.path), level / 1000)
+        return held.step == nearest(call_levels(self._steps, self.model.adapter.traits.path), level / 1000)
 
     def _dependents(self, shots: Sequence[int]) -> set[int]:
         """Done shots that saw one of these, directly or through others."""
         saw = {i: {*self._everywhere, *done.history, *done.beside} for i, done in self._done.items()}
         return lineage.dependents(saw, shots)
 
-    def _replaced(self, shots: Sequence[int], *, held: bool = False) -> None:
+    def _replaced(self, shots: Sequence[int], *, has_keys: bool = False) -> None:
         """Drop the keys of shots and of all that depended on them, which are stale now; a given one is what it was."""
-        if not held:
+        if not has_keys:
             self._branches.let_go()
         after = self._dependents(shots)
         self._stale = (self._stale | {i for i in after if not self._done[i].given}) - set(shots)

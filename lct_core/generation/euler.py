@@ -63,6 +63,26 @@ def schedule(steps: int, *, shift: float = 1.0) -> list[float]:
     return [shift * t / (shift * t + (1 - t)) for t in levels]
 
 
+def levels_of(steps: int | Sequence[float], *, shift: float = 1.0) -> Sequence[float]:
+    """The noise levels of a loop, from 1 to 0.
+
+    Args:
+        steps: Their number, or the levels themselves.
+        shift: Of a number of steps, see :func:`schedule`.
+
+    Raises:
+        ValueError: for fewer than one step, a shift that is not positive, and levels that do not go down from 1 to 0.
+    """
+    levels = steps if isinstance(steps, Sequence) and not isinstance(steps, str) else schedule(steps, shift=shift)
+    numbers = all(isinstance(t, int | float) for t in levels)
+    if not numbers or [*levels[:1], *levels[-1:]] != [1, 0] or not all(t > s for t, s in pairwise(levels)):
+        raise ValueError(
+            f"steps: got the levels {describe(levels)}, expected numbers that go down from 1 to 0; "
+            "lct_core.generation.schedule makes them"
+        )
+    return levels
+
+
 def euler(
     velocity: Velocity,
     noise: Sequence[Latents],
@@ -91,13 +111,6 @@ def euler(
     Raises:
         ValueError: for fewer than one step, and levels that do not go down from 1 to 0.
     """
-    levels = steps if isinstance(steps, Sequence) and not isinstance(steps, str) else schedule(steps)
-    numbers = all(isinstance(t, int | float) for t in levels)
-    if not numbers or [*levels[:1], *levels[-1:]] != [1, 0] or not all(t > s for t, s in pairwise(levels)):
-        raise ValueError(
-            f"steps: got the levels {describe(levels)}, expected numbers that go down from 1 to 0; "
-            "lct_core.generation.schedule makes them"
-        )
     path = path or RectifiedFlow()
 
     def step(latents: list[Latents], change: Sequence[Latents], t: float, s: float) -> list[Latents]:
@@ -107,7 +120,7 @@ def euler(
         velocity,
         step,
         noise,
-        levels=levels,
+        levels=levels_of(steps),
         noisy=noisy or [None] * len(noise),
         shots=range(len(noise)) if shots is None else shots,
         callback=callback,

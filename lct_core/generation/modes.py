@@ -10,7 +10,8 @@ mode                   shots that are made          what they see
 =====================  ===========================  ==================================
 
 How they generate is a :class:`Sampling`: given as ``sampling``, or its fields as keywords. Fields that a mode has no
-use for change nothing, such as ``storage`` where there is no cache.
+use for change nothing, such as ``storage`` where there is no cache; what the model does not allow with them, every mode
+refuses.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence

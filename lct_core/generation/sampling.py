@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from math import isfinite
+from numbers import Integral
 from typing import Any, TypedDict, get_args
 
 import torch
@@ -11,11 +13,11 @@ from lct_core.cache import Budget, Storage
 from lct_core.cache.budget import STORAGES
 from lct_core.codec import Codec
 from lct_core.generation.common import Levels, check_levels
-from lct_core.generation.euler import schedule
+from lct_core.generation.euler import levels_of
 from lct_core.generation.guidance import Guidance
 from lct_core.generation.history import recent
 from lct_core.generation.scene import negative_texts
-from lct_core.generation.schedulers import Steps
+from lct_core.generation.schedulers import Scheduler, Steps
 from lct_core.generation.write import Write
 
 
@@ -45,7 +47,8 @@ class Sampling:
     """How a generation is set.
 
     Functions that take one take its fields as keywords too: ``joint(model, scene, steps=8)`` is
-    ``joint(model, scene, sampling=Sampling(steps=8))``, and a keyword beside a Sampling replaces its field.
+    ``joint(model, scene, sampling=Sampling(steps=8))``, and a keyword beside a Sampling replaces its field. A function
+    may have other defaults of its own, such as ``Session.create``; a Sampling replaces all of them.
 
     Args:
         steps: Euler steps of every take (paper, A.2: 32), or their noise levels, as :func:`euler` takes them; or a
@@ -108,30 +111,37 @@ class Sampling:
             raise ValueError(f"storage: got {self.storage!r}, expected one of {list(STORAGES)}")
         if not isinstance(self.guidance, Guidance | float | int | None):
             raise ValueError(f"guidance: got {describe(self.guidance)}, expected a scale, a Guidance or None")
-        if self.shift != 1 and not isinstance(self.steps, int):
+        if isinstance(self.guidance, float | int) and not isfinite(self.guidance):
+            raise ValueError(f"guidance: got {self.guidance!r}, expected a finite scale; 1 is no guidance")
+        if isinstance(self.guidance, Guidance) and (beside := self._beside):
+            raise ValueError(
+                f"{beside[0]}: got {beside[1]!r} beside a Guidance, which has its own; give it to that one"
+            )
+        if self.shift != 1 and not isinstance(self.steps, Integral):
             raise ValueError(
                 f"shift: got {describe(self.shift)} beside steps that are {describe(self.steps)}, expected 1: noise "
                 "levels and schedulers have their own; a number of steps is shifted"
             )
+        _ = self.schedule  # refuses fewer than one step, and levels that do not go down from 1 to 0
 
     @property
     def schedule(self) -> Steps:
-        """The steps as a loop takes them: noise levels, or a scheduler.
-
-        Raises:
-            ValueError: for fewer than one step, or a shift that is not positive.
-        """
-        return schedule(self.steps, shift=self.shift) if isinstance(self.steps, int) else self.steps
+        """The steps as a loop takes them: noise levels, or a scheduler."""
+        return self.steps if isinstance(self.steps, Scheduler) else levels_of(self.steps, shift=self.shift)
 
     @property
     def on_texts(self) -> Guidance | None:
-        """The guidance, its negative prompts encoded.
+        """The guidance, its negative prompts encoded; None where it is none, or a scale of 1.
 
         Raises:
-            ValueError: where it is a scale.
+            ValueError: where it is another scale, and for what belongs to guidance without any.
         """
-        if self.guidance is None or isinstance(self.guidance, Guidance):
+        if isinstance(self.guidance, Guidance):
             return self.guidance
+        if self.guidance is None and (beside := self._beside):
+            raise ValueError(f"{beside[0]}: got {beside[1]!r} without guidance, where it has no effect; give a scale")
+        if self.guidance in (None, 1):
+            return None
         raise ValueError(
             f"guidance: got the scale {self.guidance}, whose negative prompts are not encoded; call "
             "sampling.encoded(codec) first, or give a Guidance"
@@ -154,4 +164,11 @@ class Sampling:
         if self.guidance is None or isinstance(self.guidance, Guidance):
             return self
         texts = negative_texts(codec, shot=self.negative, overall=self.negative_global)
-        return replace(self, guidance=Guidance(scale=self.guidance, shared_history=self.shared_history, **texts))
+        guidance = Guidance(scale=self.guidance, shared_history=self.shared_history, **texts)
+        return replace(self, guidance=guidance, negative="", negative_global="", shared_history=False)
+
+    @property
+    def _beside(self) -> tuple[str, Any] | None:
+        """The first field of guidance by scale that is given, and its value."""
+        given = ((name, getattr(self, name)) for name in ("negative", "negative_global", "shared_history"))
+        return next((field for field in given if field[1]), None)

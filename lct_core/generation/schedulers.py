@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from lct_core.generation.euler import Callback, Latents, Velocity, euler, loop, schedule
+from lct_core.generation.euler import Callback, Latents, Velocity, euler, levels_of, loop
 from lct_core.noise import keyed_generator
 from lct_core.paths import Path, RectifiedFlow
 
@@ -83,7 +83,7 @@ def call_levels(steps: Steps, path: Path) -> list[float]:
             path is not straight.
     """
     if not isinstance(steps, Scheduler):
-        return list(steps if isinstance(steps, Sequence) else schedule(steps))[:-1]
+        return [*levels_of(steps)][:-1]
     name, config = type(steps).__name__, steps.config
     if not isinstance(path, RectifiedFlow):
         raise ValueError(

@@ -20,13 +20,15 @@ def check_write(write: Write, model: Denoiser, guidance: Guidance | None) -> Non
     """Refuse what the model does not allow with its guidance.
 
     Raises:
-        ValueError: for keys of a single step where another expert or branch has none of it, and one history for both
-            branches where they would need different ones.
+        ValueError: for the keys of a denoising step with two experts or a shared history, and a shared history where
+            the branches need different ones.
     """
     shared = guidance is not None and guidance.shared_history
     if write == "nearest" and (shared or model.several):
-        what = "one history for both branches hears no prompt" if shared else "both experts need the keys of a shot"
-        raise ValueError(f'write: got "nearest", but {what}, and a step of its take has not; expected "pass"')
+        why = (
+            "hears the prompts; a shared history hears none" if shared else "runs one expert; both need the shot's keys"
+        )
+        raise ValueError(f'write: got "nearest", the keys of one denoising step, which {why}; expected "pass"')
     if shared:
         check_shared_history(model.adapter, model.text)
 

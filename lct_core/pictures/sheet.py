@@ -6,7 +6,6 @@ from pathlib import Path
 from textwrap import fill
 
 from jaxtyping import Float
-from matplotlib.figure import Figure
 from torch import Tensor
 
 # inches
@@ -54,6 +53,8 @@ def contact_sheet(path: str | Path, scenes: Sequence[SceneRows], *, title: str =
     Raises:
         ValueError: no scene.
     """
+    from matplotlib.figure import Figure  # takes a second to load, and most who import this room draw nothing
+
     if not scenes:
         raise ValueError("scenes: got none, expected at least one")
     column, row = 2 * _FRAME + _GAP, _FRAME + _GAP

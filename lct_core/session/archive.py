@@ -1,6 +1,5 @@
 """What is on disk of a session's takes: latents, files that were given, and what there is to look at."""
 
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -12,7 +11,8 @@ from torch import Tensor
 from lct_core.codec import Codec
 from lct_core.data import read_image, read_video, write_image, write_video
 from lct_core.data.scenes import read_clip
-from lct_core.files import read_tensors, write_tensors
+from lct_core.files import read_tensors, replacing, write_tensors
+from lct_core.pictures.sheet import SceneRows, contact_sheet
 from lct_core.session.book import SessionTake
 from lct_core.session.settings import Settings
 
@@ -97,8 +97,6 @@ class Archive:
         path = self.folder(take) / _SHEET
         if path.is_file():
             return path
-        from lct_core.pictures.sheet import SceneRows, contact_sheet
-
         columns = [*zip(take.history, history, strict=True), *((n, take) for n in take.shots)]
         texts = [f"{n}. {of.script_shot(n).text} (take {of.number})" for n, of in columns]
         label = f"take {take.number}" if not history else f"what it sees, then take {take.number}"
@@ -109,7 +107,7 @@ class Archive:
         return self.folder(take) / f"given{Path(take.file or '').suffix}"
 
 
-def check_size(size: tuple[int, int, int], codec: Codec, *, name: str, fix: str = "") -> None:
+def check_size(size: tuple[int, int, int], codec: Codec, *, name: str, fix: str = "", as_video: bool = True) -> None:
     """Refuse what the codec can't take, or no video file can hold.
 
     Args:
@@ -117,6 +115,7 @@ def check_size(size: tuple[int, int, int], codec: Codec, *, name: str, fix: str 
         codec: The codec.
         name: What an error calls it.
         fix: What to do about odd pixels.
+        as_video: Whether a video file is to hold it.
 
     Raises:
         ValueError: saying which it is.
@@ -126,7 +125,7 @@ def check_size(size: tuple[int, int, int], codec: Codec, *, name: str, fix: str 
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
     frames, height, width = size
-    if frames > 1 and (height % 2 or width % 2):
+    if as_video and frames > 1 and (height % 2 or width % 2):
         said = f"{name}: got a video of {height} x {width} pixels, expected even ones, as MP4 files need"
         raise ValueError(said + fix)
 
@@ -137,16 +136,10 @@ def _read(path: Path) -> Tensor:
 
 def _whole(path: Path, write: Callable[[Path], object]) -> Path:
     """Let a file take its path only when it is on the disk."""
-    partial = path.with_name(f"partial_{path.name}")
     try:
-        write(partial)
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException as error:
-        partial.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            why = f"{path}: can't be written ({error.strerror or error}); all takes are whole"
-            raise OSError(error.errno, why) from error
-        raise
+        with replacing(path) as partial:
+            write(partial)
+    except OSError as error:
+        why = f"{path}: can't be written ({error.strerror or error}); all takes are whole"
+        raise OSError(error.errno, why) from error
     return path

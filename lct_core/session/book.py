@@ -231,7 +231,7 @@ class Book:
     def depends(self, shot: int) -> dict[int, int]:
         """The takes of other shots that a shot which is kept was made from.
 
-        Those made with it count, if it saw them; all that it saw are in :attr:`BranchState.kept`, or were.
+        Those made with it count, if it saw them. Each of them is kept, or was once, see :attr:`BranchState.kept`.
         """
         take = self.kept(shot)
         beside = lineage.beside(take.shots, shot, in_order=self.settings.pattern == "context_causal")

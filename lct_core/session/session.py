@@ -269,7 +269,10 @@ class Session:
         return self._make(again, callback)
 
     def keep(self, *stale: int) -> None:
-        """Take the present take into the scene; or keep stale shots as they are, seen from here on behind what is new.
+        """Take the present take into the scene; or keep stale shots as they are.
+
+        Later shots see a stale shot that is kept as it is with keys and values written behind the present versions of
+        its history.
 
         Args:
             stale: Stale shots (default: none, the present take).

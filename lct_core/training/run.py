@@ -1,7 +1,6 @@
 """A whole run: stages one after the other, with logs, checkpoints and a way to go on."""
 
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor
 from lct_core.checkpoints import load_checkpoint, save_checkpoint
 from lct_core.codec import Codec
 from lct_core.data import VideoScene
+from lct_core.files import replacing
 from lct_core.scene_model import SceneModel
 from lct_core.training.loop import Report, Training, train
 from lct_core.training.stage import Stage
@@ -169,7 +169,6 @@ def _cut_log(path: Path, names: Sequence[str], stage: int, step: int) -> None:
         return
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     entries = [(line, json.loads(line)) for line in lines if line.endswith("\n")]
-    partial = path.with_name(path.name + ".partial")
     kept = [line for line, entry in entries if (names.index(entry["stage"]), entry["step"]) <= (stage, step)]
-    partial.write_text("".join(kept), encoding="utf-8")
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        partial.write_text("".join(kept), encoding="utf-8")

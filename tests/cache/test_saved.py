@@ -150,7 +150,7 @@ def test_what_a_killed_save_left_is_cleared_by_the_next(tmp_path, saved):
     """And nothing that is anybody else's, or that another cache of this process reads still."""
     cache, reader = (KVCache.load(tmp_path, saved) for _ in range(2))
     whole = min(in_use(tmp_path)).read_bytes()
-    left = [tmp_path / f"e-0123456789ab.safetensors{end}" for end in ("", ".partial")]
+    left = [tmp_path / f"e-0123456789ab{end}" for end in (".safetensors", ".partial.safetensors")]
     others = [tmp_path / name for name in ("notes.txt", "shot.safetensors", "shot-1.safetensors.bak")]
     for file in (*left, *others):
         file.write_bytes(whole)

@@ -5,6 +5,7 @@ import json
 from dataclasses import fields, replace
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, strategies as st
@@ -33,6 +34,7 @@ OTHER = {  # another value of every field, as all that generates takes it
     "storage": "int8",
     "budget": Budget(device=10**8),
 }
+OF_GUIDANCE = ("negative", "negative_global", "shared_history")  # without effect where its scale is 1
 FEW = Sampling(steps=2)
 COUNTS = [Shot(2, (1, 2, 2)) for _ in range(4)]
 
@@ -72,10 +74,14 @@ def test_a_name_that_is_no_field_is_refused():
 # A keyword is its field.
 
 
+def other(name):
+    return {name: OTHER[name]} | ({"guidance": 1.0} if name in OF_GUIDANCE else {})
+
+
 @pytest.mark.parametrize("name", OTHER)
 @pytest.mark.parametrize("mode", MODES)
 def test_a_keyword_of_a_mode_is_its_field(mode, name):
-    (scene, given), option = case(mode), {name: OTHER[name]}
+    (scene, given), option = case(mode), other(name)
     sampling = replace(FEW, **option)
     generate = partial(run, mode, scene_model(), scene, given)
     expected = generate(sampling=sampling)
@@ -94,7 +100,7 @@ def test_a_keyword_of_a_mode_is_its_field(mode, name):
 
 @pytest.mark.parametrize("name", [name for name in OTHER if name != "shared_history"])
 def test_a_keyword_of_a_director_is_its_field(name):
-    option, scene = {name: OTHER[name]}, draw(*COUNTS, with_global=False)
+    option, scene = other(name), draw(*COUNTS, with_global=False)
     by_keyword, by_field = (
         Director(scene_model(), scene, **options)
         for options in ({"steps": 2, **option}, {"sampling": replace(FEW, **option)})
@@ -148,7 +154,12 @@ def test_a_plan_is_not_without_the_negative_prompts_that_it_is_to_have():
     for guidance in (7.5, GUIDANCE):
         with pytest.raises(ValueError, match="negative: got None, but the sampling has guidance"):
             plan(scene_model(), COUNTS, guidance=guidance)
-    plan(scene_model(), COUNTS, guidance=1.0)
+
+
+def test_a_scale_of_one_is_planned_as_none():
+    planned = partial(plan, scene_model(), COUNTS, steps=2)
+    assert planned(guidance=1.0, negative=COUNTS) == planned(guidance=1.0) == planned()
+    assert planned(guidance=2.0, negative=COUNTS) == planned(negative=COUNTS) != planned()
 
 
 @pytest.mark.parametrize("name", [*OTHER])
@@ -187,7 +198,14 @@ def test_a_keyword_of_a_session_is_its_field(tmp_path, name):
         ({"write": "step"}, r"write: got 'step', expected one of \('pass', 'nearest'\)"),
         ({"storage": "int4"}, "storage: got 'int4'"),
         ({"guidance": "high"}, "guidance: got .*, expected a scale, a Guidance or None"),
+        ({"guidance": float("nan")}, "guidance: got nan, expected a finite scale; 1 is no guidance"),
+        ({"guidance": GUIDANCE, "negative_global": "a wall"}, "negative_global: got .a wall. beside a Guidance"),
+        ({"guidance": GUIDANCE, "shared_history": True}, "shared_history: got True beside a Guidance"),
         ({"shift": 3.0, "steps": [1.0, 0.0]}, "shift: got 3.0 beside steps that are .*, expected 1"),
+        ({"steps": 0}, "steps: got 0, expected an int of at least 1"),
+        ({"steps": 2.5}, "steps: got 2.5, expected an int of at least 1"),
+        ({"steps": []}, "steps: got the levels .*, expected numbers that go down from 1 to 0"),
+        ({"steps": [1.0, 0.5]}, "steps: got the levels .*, expected numbers that go down from 1 to 0"),
     ],
 )
 def test_no_kind_of_generation_has_such_a_value(options, words):
@@ -210,15 +228,22 @@ def test_a_scale_needs_its_prompts_encoded():
     assert torch.equal(encoded.on_texts.text, CODEC.text("a wall")[None])
     assert torch.equal(encoded.on_texts.global_text, CODEC.text("plain")[None])
     assert (encoded.on_texts.scale, encoded.on_texts.shared_history) == (2.0, True)
+    assert (encoded.negative, encoded.negative_global, encoded.shared_history) == ("", "", False)
     assert encoded.encoded(CODEC) is encoded
     assert Sampling().encoded(CODEC) == Sampling()
 
 
 def test_steps_are_a_schedule():
     assert Sampling(steps=4, shift=3.0).schedule == schedule(4, shift=3.0)
+    assert Sampling(steps=np.int64(4), shift=3.0).schedule == schedule(4, shift=3.0)
     assert Sampling(steps=[1.0, 0.3, 0.0]).schedule == [1.0, 0.3, 0.0]
-    with pytest.raises(ValueError, match=r"^steps: got 0"):
-        Director(scene_model(), draw(*COUNTS, with_global=False), steps=0)
+
+
+@pytest.mark.parametrize("name", OF_GUIDANCE)
+def test_what_belongs_to_guidance_is_not_without_any(name):
+    for generate in (partial(MODES["joint"], scene_model()), partial(Director, scene_model())):
+        with pytest.raises(ValueError, match=f"^{name}: got .* without guidance, where it has no effect; give a scale"):
+            generate(draw(*COUNTS, with_global=False), **{name: OTHER[name]})
 
 
 @pytest.mark.parametrize(

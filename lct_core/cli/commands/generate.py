@@ -20,7 +20,8 @@ from lct_core.cli import options
 @click.option(
     "--mode",
     type=click.Choice(options.MODES),
-    help="All shots at once; the same from given ones; shot after shot; the same through the KV cache.  "
+    help="joint: all shots at once; conditional: the same, from given shots; autoregressive: shot after shot; "
+    "causal: the same through the KV cache.  "
     "[default: causal for a context-causal model; for another joint, or conditional with --given]",
 )
 @click.option(

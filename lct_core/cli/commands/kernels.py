@@ -14,7 +14,9 @@ from lct_core.cli import options
 @click.option("--text", type=options.COUNT, metavar="TOKENS", help="Text tokens of every prompt of the script.")
 @click.option("--backbone", metavar="NAME", help="A family of lct backbones, at its usual size.")
 @click.option(
-    "--model", metavar="MODULE:FACTORY", help="Your own: a function that returns what it does for lct tune, or less."
+    "--model",
+    metavar="MODULE:FACTORY",
+    help="Your own model: a function that returns (model, codec), as for lct tune, or the model alone.",
 )
 @click.option("--pattern", type=click.Choice(options.USES), help="One pattern alone.  [default: all there are]")
 @click.option(

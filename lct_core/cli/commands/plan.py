@@ -13,7 +13,9 @@ from lct_core.cli import options
 @click.argument("checkpoint", type=options.FILE, required=False)
 @click.option("--backbone", metavar="NAME", help="Instead of CHECKPOINT: a family of lct backbones, at its usual size.")
 @click.option(
-    "--model", metavar="MODULE:FACTORY", help="Or your own: a function that returns what it does for lct tune, or less."
+    "--model",
+    metavar="MODULE:FACTORY",
+    help="Your own model instead: a function that returns (model, codec), as for lct tune, or the model alone.",
 )
 @click.option(
     "--size",
@@ -22,17 +24,19 @@ from lct_core.cli import options
     "[default: as the first training shot]",
 )
 @click.option("--text", type=options.COUNT, metavar="TOKENS", help="Text tokens of every prompt, without CHECKPOINT.")
-@click.option("--shots", type=options.COUNT, help="So many: the script's are cut or repeated.  [default: the script's]")
+@click.option(
+    "--shots", type=options.COUNT, help="Plan this many: the script's, cut short or repeated.  [default: all]"
+)
 @click.option(
     "--mode",
     "modes",
     type=click.Choice(options.MODES),
     multiple=True,
-    help="One alone, and take by take; can be repeated.",
+    help="Only this mode, with a table of its takes; can be repeated.  [default: all modes]",
 )
 @click.option("--steps", type=options.COUNT, default=32, help="Euler steps.")
 @click.option("--window", type=options.COUNT, default=9, help="Most shots seen, with the current one.")
-@click.option("--guidance/--no-guidance", default=True, help="On the texts: every pass twice.")
+@click.option("--guidance/--no-guidance", default=True, help="Classifier-free guidance, which runs every pass twice.")
 @click.option("--shared-history", is_flag=True, help="One cache for both branches, where text is cross-attended.")
 @click.option(
     "--write",
