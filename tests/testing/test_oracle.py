@@ -8,9 +8,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from lct_core.testing.oracle import Join, lockstep
-from lct_core.testing.tolerances import BOUNDS, error
+from lct_core.testing.tolerances import error
 
-KERNEL = BOUNDS[torch.float32]["kernel"].absolute
+EXACT = 1e-12  # float64 in another order
 
 
 class Layer(nn.Module):
@@ -19,7 +19,7 @@ class Layer(nn.Module):
     def __init__(self, seed):
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
-        self.weights = [torch.randn(4, 4, generator=generator) for _ in range(3)]
+        self.weights = [torch.randn(4, 4, generator=generator, dtype=torch.float64) for _ in range(3)]
 
     def qkv(self, x):
         return [x @ w for w in self.weights]
@@ -37,7 +37,7 @@ def layers():
 @pytest.fixture
 def shots():
     generator = torch.Generator().manual_seed(2)
-    return [torch.randn(2, n, 4, generator=generator) for n in (3, 1, 5)]
+    return [torch.randn(2, n, 4, generator=generator, dtype=torch.float64) for n in (3, 1, 5)]
 
 
 def forwards(layers, shots):
@@ -46,7 +46,7 @@ def forwards(layers, shots):
 
 def turned(x, angle):
     """Channels 0 and 1 by the angle, 2 and 3 by half of it, as complex numbers."""
-    z = torch.view_as_complex(x.double().unflatten(-1, (2, 2)).contiguous())
+    z = torch.view_as_complex(x.unflatten(-1, (2, 2)).contiguous())
     turn = torch.polar(torch.ones(2, dtype=torch.float64), angle * torch.tensor([1.0, 0.5], dtype=torch.float64))
     return torch.view_as_real(z * turn).flatten(-2)
 
@@ -56,8 +56,8 @@ def by_hand(layer, shots, sees, angles):
     for i, x in enumerate(shots):
         q = turned(layer.qkv(x)[0], angles[i])
         keys = torch.cat([turned(layer.qkv(y)[1], angles[j]) for j, y in enumerate(shots) if sees[i, j]], dim=1)
-        values = torch.cat([layer.qkv(y)[2].double() for j, y in enumerate(shots) if sees[i, j]], dim=1)
-        out.append((x + ((q @ keys.mT / math.sqrt(4)).softmax(-1) @ values)).to(x.dtype))
+        values = torch.cat([layer.qkv(y)[2] for j, y in enumerate(shots) if sees[i, j]], dim=1)
+        out.append(x + (q @ keys.mT / math.sqrt(4)).softmax(-1) @ values)
     return out
 
 
@@ -70,7 +70,7 @@ def test_equals_attention_by_hand(layers, shots, sees, offsets):
     expected = shots
     for layer in layers:
         expected = by_hand(layer, expected, sees, offsets)
-    assert max(error(g, x) for g, x in zip(got, expected, strict=True)) <= KERNEL
+    assert max(error(g, x) for g, x in zip(got, expected, strict=True)) <= EXACT
 
 
 def test_modules_that_do_not_join_stay_inside_their_shot(layers, shots):
@@ -78,7 +78,7 @@ def test_modules_that_do_not_join_stay_inside_their_shot(layers, shots):
     got = lockstep(forwards(layers, shots), {layers[1]: everyone}, offsets=(0, 0, 0), diagonal=None)
     own = [layers[0](x) for x in shots]
     expected = by_hand(layers[1], own, everyone.sees, (0, 0, 0))
-    assert max(error(g, x) for g, x in zip(got, expected, strict=True)) <= KERNEL
+    assert max(error(g, x) for g, x in zip(got, expected, strict=True)) <= EXACT
 
 
 def test_keys_that_do_not_move_are_not_turned(layers, shots):
@@ -105,7 +105,7 @@ def test_attentions_of_one_module_may_join_differently(shots, order):
     expected = shots
     for join in joins:
         expected = by_hand(layer, expected, join.sees, (0, 7, 19) if join.turned else (0, 0, 0))
-    assert max(error(g, x) for g, x in zip(got, expected, strict=True)) <= KERNEL
+    assert max(error(g, x) for g, x in zip(got, expected, strict=True)) <= EXACT
 
 
 def test_one_join_is_for_all_attentions_of_a_module(shots):
