@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lct_core.backbone import Backbone
-from lct_core.rope import _close
+from lct_core.rope import close_angles
 
 _SAMPLES = 16  # values of each parameter that tell weights apart (ours)
 _TRAITS = ("heads", "kv_heads", "head_dim", "text", "text_first", "pairing", "unit", "patch", "timesteps")
@@ -24,10 +24,7 @@ _ALIKE = {
     "shapes": ("names and shapes of parameters differ", "use a model of the sizes that wrote it"),
     "traits": ("traits differ", "use the configuration that wrote it"),
     "angles": ("RoPE frequencies differ", "use the configuration that wrote it"),
-    "weights": (
-        "weights differ",
-        "the cache was written by other weights of this class; use the checkpoint that wrote it",
-    ),
+    "weights": ("weights differ", "other weights of this class wrote it; use the checkpoint that did"),
 }
 _UNTOLD = ("shapes", "angles", "weights")  # hashes and numbers, which an error leaves out
 
@@ -79,11 +76,11 @@ def check_fingerprint(saved: Mapping[str, Any], here: Mapping[str, Any], *, whos
     """
     for key, (what, fix) in _ALIKE.items():
         then, now = saved.get(key), here.get(key)
-        if then == now or (key == "angles" and then and now and _close(then, now)):
+        if then == now or (key == "angles" and then and now and close_angles(then, now)):
             continue
         if isinstance(then, Mapping) and isinstance(now, Mapping):
             then, now = ({k: v for k, v in one.items() if then.get(k) != now.get(k)} for one in (then, now))
-        told = "" if key in _UNTOLD else f"the cache was written by {then!r}, this is {now!r}; "
+        told = "" if key in _UNTOLD else f"it was written by {then!r}, this is {now!r}; "
         raise ValueError(f"model: its {whose}{what}: {told}{fix}")
     for expert in ("high", "low"):
         if expert in here:
@@ -93,12 +90,8 @@ def check_fingerprint(saved: Mapping[str, Any], here: Mapping[str, Any], *, whos
 @torch.no_grad()
 def _angles(adapter: Backbone) -> list[float]:
     """Angles of one step along the diagonal, by which cached keys are rotated; none without RoPE."""
-    if adapter.traits.pairing is None:
-        return []
-    device = next((x.device for x in adapter.model.parameters()), None)
-    unit = torch.tensor([adapter.traits.unit], dtype=torch.float64, device=device)
-    step = adapter.rope(unit) - adapter.rope(torch.zeros_like(unit))
-    return step.double().flatten().tolist()
+    step = adapter.diagonal(next((x.device for x in adapter.model.parameters()), None))
+    return [] if step is None else step.double().flatten().tolist()
 
 
 def _samples(x: Tensor) -> bytes:

@@ -267,8 +267,15 @@ def move(
         diagonal: float64 angles of one diagonal step, in radians: those of the coordinates ``unit``.
         pairing: As in :func:`rotation`.
     """
-    exact = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return rotate(x, rotation((steps * diagonal.double())[None].to(x.device), pairing=pairing, dtype=exact))
+    return rotate(x, diagonal_rotation(steps, x, diagonal=diagonal, pairing=pairing))
+
+
+def diagonal_rotation(
+    steps: float, like: Tensor, *, diagonal: Float[Tensor, "heads pairs"], pairing: Pairing
+) -> Rotation:
+    """The constant rotation R(steps), for one token, on the device of a tensor that is to be rotated."""
+    exact = torch.float64 if like.dtype == torch.float64 else torch.float32
+    return rotation((steps * diagonal.double())[None].to(like.device), pairing=pairing, dtype=exact)
 
 
 _ANGLES = 1e-5  # of the largest: how far devices may differ in computing them (ours)
@@ -280,9 +287,10 @@ def same_angles(then: Tensor | None, now: Tensor | None) -> bool:
         return then is now
     if then.is_meta or now.is_meta:
         return True
-    return _close(*(x.double().flatten().tolist() for x in (then, now)))
+    return close_angles(*(x.double().flatten().tolist() for x in (then, now)))
 
 
-def _close(then: Sequence[float], now: Sequence[float]) -> bool:
+def close_angles(then: Sequence[float], now: Sequence[float]) -> bool:
+    """Whether lists of angles are equal to 1e-5 of the largest."""
     most = _ANGLES * max(map(abs, now), default=0.0)
     return len(then) == len(now) and all(abs(a - b) <= most for a, b in zip(then, now, strict=True))

@@ -1,4 +1,4 @@
-"""The engine: it joins the shots of a scene inside every block of a single-shot DiT."""
+"""A single-shot DiT that sees a whole scene: what is given is checked here, and run by :mod:`lct_core.engine`."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from lct_core._describe import describe
 from lct_core.backbone import Backbone
 from lct_core.cache import KVCache
 from lct_core.coordinates import Scheme, check_scheme
@@ -132,8 +133,8 @@ class SceneModel(Denoiser[KVCache]):
                 in every block, from queries and keys.
             cache: History that the shots also see; their own keys and values are written behind it. Takes one scene.
             denoised: Ignored: one model serves all levels, see :class:`lct_core.Experts`.
-            text_free: Whether the shots hear no prompt: what their cross-attention to text gives is put to zero, and a
-                cache gets no text of theirs, so that what it keeps serves any prompt.
+            text_free: Whether to leave the prompts out: the output of cross-attention to text is set to zero, and a
+                cache gets no keys of text, so that what it keeps serves any prompt.
 
         Returns:
             Nested like ``shots``: the backbone's own prediction in the shape of each shot's latents; None for a global
@@ -142,6 +143,10 @@ class SceneModel(Denoiser[KVCache]):
         Raises:
             ValueError: naming the argument, for anything that does not fit the model, the batch or the cache.
         """
+        if not isinstance(cache, KVCache | None):
+            raise ValueError(
+                f"cache: got {describe(cache)}, expected a KVCache, such as model.new_cache() makes, or None"
+            )
         scenes, nested = as_scenes(shots)
         _check_served(self.adapter)
         if text_free and self.adapter.traits.text == "joint":

@@ -209,3 +209,18 @@ def test_refusals(experts):
         experts(SCENE, torch.tensor([0.0, 0.9, 0.9, 0.9]), cache=KVCache())
     with pytest.raises(ValueError, match=r"^denoised: got \[7\]"):
         experts(SCENE, torch.tensor([0.0, 0.9, 0.9, 0.9]), denoised=[7])
+    with pytest.raises(ValueError, match=r"^cache: got ExpertCache\b.*, expected a KVCache"):
+        experts.high(SCENE, torch.tensor([0.0, 0.9, 0.9, 0.9]), cache=ExpertCache())
+
+
+def test_a_cache_is_not_of_the_other_kind_of_model(experts, tmp_path):
+    for cache, model, words in (
+        (ExpertCache(), experts.high, "SceneModel, which has no ExpertCache"),
+        (KVCache(), experts, "Experts, which has no KVCache"),
+    ):
+        message = f"^model: got {words}, expected the kind of model that wrote it"
+        with pytest.raises(ValueError, match=message):
+            cache.save(tmp_path, model)
+        with pytest.raises(ValueError, match=message):
+            type(cache).load(tmp_path, model)
+        assert not [*tmp_path.iterdir()]

@@ -31,7 +31,7 @@ def test_experts_are_told_apart():
     for reads, message in (
         (two(mmdit(change=tuned)), "low-noise expert's weights differ"),
         (two(mmdit(), boundary=0.6), "boundary between its experts differs: .* by 0.5, this is 0.6"),
-        (mmdit(), "class differs: the cache was written by 'Experts', this is 'MMDiT'"),
+        (mmdit(), "class differs: it was written by 'Experts', this is 'MMDiT'"),
     ):
         with pytest.raises(ValueError, match=f"^model: its {message}"):
             check_fingerprint(saved, reads.fingerprint())

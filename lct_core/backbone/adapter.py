@@ -147,6 +147,17 @@ class Backbone(ABC):
         """Queries or keys, turned (default: as :func:`lct_core.rotate`); override where the model rounds otherwise."""
         return rotate(x, by)
 
+    def diagonal(self, device: torch.device | None) -> Float[Tensor, "heads pairs"] | None:
+        """The angles of one step along the diagonal, by which a cached shot is moved; None without RoPE.
+
+        Args:
+            device: Where they are computed.
+        """
+        if self.traits.pairing is None:
+            return None
+        unit = torch.tensor([self.traits.unit], dtype=torch.float64, device=device)
+        return (self.rope(unit) - self.rope(torch.zeros_like(unit)))[0]
+
     def coordinates(self, inputs: ShotInput, shot: Shot) -> Float[Tensor, "tokens axes"]:
         """The model's own coordinates of a shot's self-attention tokens, in its own order and units (float64, CPU).
 

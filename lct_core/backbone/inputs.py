@@ -30,7 +30,7 @@ class ShotInput:
     """
 
     text: Float[Tensor, "batch tokens width"]
-    latents: Float[Tensor, "batch channels frames height width"] = None  # type: ignore[assignment]  # filled in by then
+    latents: Float[Tensor, "batch channels frames height width"] = None  # type: ignore[assignment]  # only of a global shot, for the engine to fill in
     extras: Mapping[str, Any] = field(default_factory=dict)
     role: Role = "shot"
 
@@ -68,8 +68,8 @@ def collate_shots(shots: Sequence[ShotInput]) -> ShotInput:
     }
     if len(kinds) != 1:
         raise ValueError(
-            f"shots: got roles, texts and latents of {sorted(map(str, kinds))}, expected all alike: entries of a batch "
-            "share one layout; put others side by side in a row"
+            f"shots: got roles, shapes of texts and latents, and names of extras {sorted(map(str, kinds))}, expected "
+            "all alike: entries of a batch share one layout; put others side by side in a row"
         )
     return replace(
         first,

@@ -109,6 +109,9 @@ class Traits:
         for name, extra in self.extras.items():
             if any(not isinstance(axis, int | str) for axis in extra.shape or ()):
                 raise ValueError(f"extras: {name} has the shape {extra.shape}, expected sizes and names of axes")
+        for name in ("text_mask", "noisy_mask"):
+            if (mask := getattr(self, name)) is not None and mask not in self.extras:
+                raise ValueError(f"{name}: got {mask!r}, expected one of the extras, {sorted(self.extras)}, or None")
         if not isinstance(self.path, Path):
             raise ValueError(f"path: got {self.path!r}, expected a lct_core.paths.Path, with all of its methods")
 

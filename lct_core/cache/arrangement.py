@@ -62,7 +62,7 @@ def arrange(
     history: Sequence[CachedShot],
     kept: dict[Hashable, HeldShot] | None = None,
     *,
-    held: StagedShots | None = None,
+    copying: StagedShots | None = None,
     writing: Writing | None = None,
 ) -> Arrangement:
     """Decide where every shot is to be. May raise; changes nothing.
@@ -71,7 +71,7 @@ def arrange(
         here: What the cache holds.
         history: The shots that are to be seen.
         kept: What it is to hold (default: what it holds).
-        held: Staged shots that are about to be copied, see :meth:`KVCache.hold`.
+        copying: Staged shots that are about to be copied, see :meth:`KVCache.hold`.
         writing: What the current call writes.
 
     Raises:
@@ -86,17 +86,17 @@ def arrange(
     }
     target = Arrangement(entries, [entry.id for entry in history], kept, tiers, {}, writing)
     if (here.budget.device, here.budget.host) != (None, None):
-        _fit(here, target, held)
+        _fit(here, target, copying)
     for i, tier in tiers.items():
         if tier != "device" and tier != entries[i].tier:
             target.moved[i] = _elsewhere(here, kept[i], tier)
     return target
 
 
-def carry_out(here: Holdings, target: Arrangement, *, keep_stage: bool = True) -> None:
+def carry_out(here: Holdings, target: Arrangement, *, keep_staged: bool = True) -> None:
     """Bring every shot to its place, one site after another, and free what is no longer needed."""
     here.watch()
-    if not keep_stage:
+    if not keep_staged:
         here.last_call = here.hold = None
     here.working.resize({})
     here.kept, here.history = target.kept, target.history
@@ -109,13 +109,13 @@ def carry_out(here: Holdings, target: Arrangement, *, keep_stage: bool = True) -
     running = here.device_bytes
     for key, site in here.sites.items():
         before = {id(x): x.nbytes for x in here.on_device(key, site)}
-        row, standing, staged, kv = _rearranged(here, key, site, target, keep_stage=keep_stage)
+        row, standing, staged, kv = _rearranged(here, key, site, target, keep_staged=keep_staged)
         near = [x for i, each in kv.items() if target.tiers[i] == "device" for x in each if x is not None]
         after = {id(x): x.nbytes for x in (*((row.k, row.v) if row else ()), *(staged or ()), *near)}
         here.peak = max(here.peak, running + sum(n for x, n in after.items() if x not in before))
         running += sum(after.values()) - sum(before.values())
         site.row, site.standing, site.staged = row, standing, staged
-        site.written = site.written if keep_stage else 0
+        site.written = site.written if keep_staged else 0
         for i, each in kv.items():
             own = target.kept[i].kv
             assert isinstance(own, dict)
@@ -136,7 +136,7 @@ def afford(here: Holdings, nbytes: tuple[int, int]) -> None:
 # How an arrangement is made.
 
 
-def _fit(here: Holdings, target: Arrangement, held: StagedShots | None) -> None:
+def _fit(here: Holdings, target: Arrangement, copying: StagedShots | None) -> None:
     """Send shots from the device to host memory, then from there to files, until the budget has room.
 
     Those that the policy ranks last leave first.
@@ -159,12 +159,12 @@ def _fit(here: Holdings, target: Arrangement, held: StagedShots | None) -> None:
                 raise ValueError(_over(f"{needed()} bytes {_PLACES[tier]}, for {len(shots)} shots", tier, limit))
             target.tiers[going] = further
 
-    leave("device", "host", here.budget.device, lambda: _peak_of(here, target, held))
+    leave("device", "host", here.budget.device, lambda: _peak_of(here, target, copying))
     in_host = lambda: sum(nbytes[i] for i, at in target.tiers.items() if at == "host")  # noqa: E731
     leave("host", "disk", here.budget.host, in_host)
 
 
-def _peak_of(here: Holdings, target: Arrangement, held: StagedShots | None) -> int:
+def _peak_of(here: Holdings, target: Arrangement, copying: StagedShots | None) -> int:
     """Most bytes on the device while :func:`carry_out` runs, and in the next call."""
     in_rows = target.in_rows(here.storage)
     stays = {i for i, kept in target.kept.items() if kept.entry.tier == target.tiers[i] == "device"}
@@ -193,9 +193,9 @@ def _peak_of(here: Holdings, target: Arrangement, held: StagedShots | None) -> i
                 before += nbytes * (x is not None)
                 after += nbytes * is_wanted
                 fresh += nbytes * (is_wanted and x is None)
-        if held is not None:
-            after += sum(size.nbytes(held.tokens(space)))
-            fresh += sum(size.nbytes(held.tokens(space)))
+        if copying is not None:
+            after += sum(size.nbytes(copying.tokens(space)))
+            fresh += sum(size.nbytes(copying.tokens(space)))
         peak = max(peak, running + fresh)
         running += after - before
     working = {} if in_rows else here.working_sizes(target.shown)
@@ -246,7 +246,7 @@ def _stays(here: Holdings, site: SiteRows, placed: tuple[PlacedShot, ...], behin
 def _stored(here: Holdings, entry: CachedShot, space: Space, *, in_rows: bool) -> tuple[bool, bool]:
     """Whether a shot on the device needs tensors of its own for its keys, and for its values, beside the row.
 
-    In a row it does not, but that a shot that was moved keeps its keys as they were written.
+    A selected shot that stands in rows needs none, except that one moved along the diagonal keeps its original keys.
     """
     inside = in_rows and entry.selected
     return not inside or here.steps(entry, space) != 0, not inside
@@ -256,13 +256,13 @@ def _stored(here: Holdings, entry: CachedShot, space: Space, *, in_rows: bool) -
 
 
 def _rearranged(
-    here: Holdings, key: SiteKey, site: SiteRows, target: Arrangement, *, keep_stage: bool
+    here: Holdings, key: SiteKey, site: SiteRows, target: Arrangement, *, keep_staged: bool
 ) -> tuple[Row | None, tuple[PlacedShot, ...], tuple[Tensor, Tensor] | None, dict[Hashable, KV]]:
     """A site as it is to be: its row and what stands there, staged shots, and the shots that are on the device."""
     space, in_rows = site.size.space, target.in_rows(here.storage)
     placed = here.placed(target.shown, space) if in_rows else ()
     behind = target.behind(space) or 0
-    written = site.written if keep_stage else 0
+    written = site.written if keep_staged else 0
     stop = sum(shot.tokens for shot in placed)
     stays = in_rows and _stays(here, site, placed, behind)
     row, done = (site.row, len(site.standing)) if stays else (None, 0)

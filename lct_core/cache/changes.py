@@ -76,7 +76,7 @@ def appending(here: Holdings, ids: Sequence[Hashable], prompts: Sequence[str]) -
 def holding(here: Holdings) -> Iterator[None]:
     """Copy what the last call wrote, see :meth:`KVCache.hold`."""
     staged = _written("hold", here.last_call)
-    target = arrange(here, here.shots, held=staged)
+    target = arrange(here, here.shots, copying=staged)
     yield
     here.hold = None  # one that is held already is given up
     carry_out(here, target)
@@ -122,7 +122,7 @@ def dropping(here: Holdings, ids: Sequence[Hashable]) -> Iterator[None]:
     kept = {i: each for i, each in here.kept.items() if i not in gone}
     target = arrange(here, [entry for entry in here.shots if entry.id not in gone], kept)
     yield
-    carry_out(here, target, keep_stage=gone.isdisjoint(here.history))
+    carry_out(here, target, keep_staged=gone.isdisjoint(here.history))
     if not kept and here.staged is None:
         here.sites, here.reserve = {}, {}
         here.resize()
@@ -159,7 +159,7 @@ def _showing(here: Holdings, history: Sequence[CachedShot]) -> Iterator[None]:
     """Let calls see other shots, or the same ones elsewhere; what is staged was written behind others, and goes."""
     target = arrange(here, history)
     yield
-    carry_out(here, target, keep_stage=False)
+    carry_out(here, target, keep_staged=False)
 
 
 def _written(verb: str, staged: StagedShots | None) -> StagedShots:

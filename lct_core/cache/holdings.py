@@ -15,7 +15,7 @@ from lct_core.cache.tiers import KV, NOTHING, Pair, ShotFile, SiteKey, Stored, p
 from lct_core.cache.working import WorkingRows
 from lct_core.coordinates import Scheme
 from lct_core.layout import consecutive
-from lct_core.rope import Pairing, Rotation, rotation
+from lct_core.rope import Pairing, Rotation, diagonal_rotation
 
 
 @dataclass(eq=False)
@@ -127,7 +127,7 @@ class Holdings:
 
     @property
     def staged(self) -> StagedShots | None:
-        """What :meth:`KVCache.append` would take: what is held, else what the last call wrote."""
+        """What :meth:`KVCache.append` would take: what :meth:`KVCache.hold` copied, else what the last call wrote."""
         return self.hold.shots if self.hold else self.last_call
 
     @property
@@ -158,9 +158,7 @@ class Holdings:
         """The constant rotation R(steps) of keys that are so many steps from where they were written."""
         if not steps or self.diagonal is None or self.pairing is None:
             return None
-        exact = torch.float64 if like.dtype == torch.float64 else torch.float32
-        angles = (steps * self.diagonal.double())[None].to(like.device)
-        by = rotation(angles, pairing=self.pairing, dtype=exact)
+        by = diagonal_rotation(steps, like, diagonal=self.diagonal, pairing=self.pairing)
         return Rotation(by.cos.expand(like.shape[1], -1, -1), by.sin.expand(like.shape[1], -1, -1), self.pairing)
 
     # Bytes.

@@ -35,10 +35,15 @@ class ShotCache:
     def __init__(
         self, *, capacity: int = 0, storage: Storage = "native", budget: Budget | None = None, branch: str = ""
     ) -> None:
+        share = self._share(budget)
+        self._holdings = tuple(Holdings(capacity, storage, share, branch) for _ in self._names)
+
+    @classmethod
+    def _share(cls, budget: Budget | None) -> Budget:
+        """What each part has of a budget."""
         if not isinstance(budget, Budget | None):
             raise ValueError(f"budget: got {budget!r}, expected Budget(device=..., host=..., folder=...) or None")
-        share = divided(budget or Budget(), len(self._names))
-        self._holdings = tuple(Holdings(capacity, storage, share, branch) for _ in self._names)
+        return divided(budget or Budget(), len(cls._names))
 
     @classmethod
     def _of(cls, holdings: Iterable[Holdings]) -> Self:
@@ -51,7 +56,13 @@ class ShotCache:
     def _fingerprints(cls, model: Fingerprinted) -> dict[str, Mapping[str, Any]]:
         """The fingerprint of each part's model, by the part's name."""
         whole = model.fingerprint()
-        return {name: whole if len(cls._names) == 1 else whole[name] for name in cls._names}
+        parts = {"history": whole} if "class" in whole and "boundary" not in whole else whole
+        if not set(cls._names) <= set(parts):
+            raise ValueError(
+                f"model: got {type(model).__name__}, which has no {cls.__name__}, expected the kind of model that "
+                "wrote it: Experts have an ExpertCache, a SceneModel has a KVCache"
+            )
+        return {name: parts[name] for name in cls._names}
 
     # What it knows. All parts hold the same shots; they differ in bytes and in values.
 
@@ -294,10 +305,10 @@ class ShotCache:
             FileNotFoundError: where something is missing.
             ValueError: where a file is truncated or edited, of another layout version, or another model wrote it.
         """
+        share, fingerprints = cls._share(budget), cls._fingerprints(model)
         told = read_index(Path(folder), cls._names)
-        for name, here in cls._fingerprints(model).items():
+        for name, here in fingerprints.items():
             check_fingerprint(told[name]["model"], here)
-        share = divided(budget or Budget(), len(cls._names))
         return cls._of(restored(told[name], Path(folder), torch.device(device), share) for name in cls._names)
 
     def _change(

@@ -1,4 +1,4 @@
-"""Checkpoints: files to go on from and to hand out, and what they say of their model."""
+"""Checkpoints: files to resume a run from, tuned models to share, and what these say of themselves."""
 
 from lct_core.checkpoints.file import load_checkpoint, save_checkpoint
 from lct_core.checkpoints.model_card import ModelCard

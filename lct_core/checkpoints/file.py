@@ -1,4 +1,4 @@
-"""Files to go on from: written whole or not at all, read without running anything in them."""
+"""Checkpoint files: written whole or not at all, read without running anything in them."""
 
 from pathlib import Path
 from typing import Any

@@ -26,6 +26,7 @@ from lct_core.generation import Sampling, Take
 from lct_core.generation.history import last_before
 from lct_core.generation.sampling import SamplingOptions
 from lct_core.generation.takes import shots_of
+from lct_core.generation.write import NEAREST_SHARED
 from lct_core.layout import Shot
 from lct_core.patterns import PATTERNS, Pattern, named
 from lct_core.routing import Router
@@ -42,7 +43,7 @@ class Pass(NamedTuple):
         times: How often it is run.
         cached: Whether the keys and values of the row go into a cache.
         writes: Whether they are then kept as history: in a pass of its own, or in the step nearest to their level.
-        text_free: Whether the row hears no prompt, so that what is kept serves both branches of guidance.
+        text_free: Whether it is run without prompts, so that what is kept serves both branches of guidance.
     """
 
     made: tuple[int, ...]
@@ -81,9 +82,7 @@ def passes(
     steps, write, window = sampling.steps, sampling.write, sampling.window
     shots, first = shots_of(scene), tuple(i for i, shot in enumerate(scene) if shot.role == "global")
     if write == "nearest" and sampling.shares_history:
-        raise ValueError(
-            'write: got "nearest", but a shared history is written in a pass that hears no prompt; expected "pass"'
-        )
+        raise ValueError(NEAREST_SHARED)
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
         raise ValueError(f"steps: got {steps!r}, expected an int of at least 1: calls of the model for every take")
     histories = [_seen(take, shots, window) for take in takes]

@@ -14,7 +14,7 @@ from lct_core.cache import KVCache, StagedShots
 from lct_core.cache.writing import WriteKeys
 from lct_core.coordinates import Scheme
 from lct_core.engine.dispatch import Work
-from lct_core.engine.joining import Groups, across_shots, diagonal, place, rotations, row, whole
+from lct_core.engine.joining import Groups, across_shots, place, rotations, row, whole
 from lct_core.engine.visibility import TextScope, Visibility, sees_others
 from lct_core.engine.walk import Changes, through_sites, walk
 from lct_core.layout import Layout
@@ -46,7 +46,7 @@ class Call(Work):
         levels: Every shot's noise level, ``[batch, shots]``.
         pattern: Who sees whom, as :class:`lct_core.SceneModel` takes it.
         cache: The history, which the shots are written behind.
-        text_free: Whether the shots hear no prompt.
+        text_free: Whether to leave the prompts out, see :class:`lct_core.SceneModel`.
 
     Raises:
         ValueError: for an unknown pattern, several scenes with a cache, and places that are not finite.
@@ -100,7 +100,7 @@ class Call(Work):
         staged = StagedShots(kept.shots, self.levels, self.places.origins, self.places.extents)
         pairing = self.adapter.traits.pairing
         return self.cache.writing(
-            staged, scheme=self.model.scheme, diagonal=diagonal(self.adapter, device), pairing=pairing
+            staged, scheme=self.model.scheme, diagonal=self.adapter.diagonal(device), pairing=pairing
         )
 
 

@@ -88,14 +88,6 @@ def rotations(
     return {"all": _joined(turns), "video": _joined(videos)}
 
 
-def diagonal(adapter: Backbone, device: torch.device) -> Tensor | None:
-    """The angles of one step along the diagonal, by which a cached shot is moved; None without RoPE."""
-    if adapter.traits.pairing is None:
-        return None
-    unit = torch.tensor([adapter.traits.unit], dtype=torch.float64, device=device)
-    return (adapter.rope(unit) - adapter.rope(torch.zeros_like(unit)))[0]
-
-
 def row(
     parts: Sequence[Tensor], by: Rotation | None, adapter: Backbone, rotary: Rotary | None = None
 ) -> Tensor | RowParts:

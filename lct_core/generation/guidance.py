@@ -27,7 +27,7 @@ class Guidance:
         global_extras: The same for the global shot (default: ours, ``extras``).
         scale: How far (paper, A.2: 7.5). 1 is no guidance, and spares the negative branch.
         shared_history: Whether one cached history serves both branches, in half the memory, where a model cross-attends
-            its text: its keys and values are written hearing no prompt (ours; the default, False: each branch has its
+            its text: its keys and values are written without any prompt (ours; the default, False: each branch has its
             own history, written with its own prompts).
 
     Raises:

@@ -9,6 +9,10 @@ from lct_core.engine.visibility import TextScope
 from lct_core.generation.guidance import Guidance
 
 Write = Literal["pass", "nearest"]
+NEAREST_SHARED = (
+    'write: got "nearest", the keys of one denoising step, which depend on its prompt; a shared history is written '
+    'without any; expected "pass"'
+)
 
 
 def nearest(levels: Sequence[float], level: float) -> int:
@@ -24,11 +28,13 @@ def check_write(write: Write, model: Denoiser, guidance: Guidance | None) -> Non
             the branches need different ones.
     """
     shared = guidance is not None and guidance.shared_history
-    if write == "nearest" and (shared or model.several):
-        why = (
-            "hears the prompts; a shared history hears none" if shared else "runs one expert; both need the shot's keys"
+    if write == "nearest" and shared:
+        raise ValueError(NEAREST_SHARED)
+    if write == "nearest" and model.several:
+        raise ValueError(
+            'write: got "nearest", the keys of one denoising step, which runs one expert; both need the keys of a '
+            'shot; expected "pass"'
         )
-        raise ValueError(f'write: got "nearest", the keys of one denoising step, which {why}; expected "pass"')
     if shared:
         check_shared_history(model.adapter, model.text)
 

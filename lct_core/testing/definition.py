@@ -35,7 +35,7 @@ def definition(
         scheme: ``"anchored"`` or ``"paper"``.
         pattern: ``"bidirectional"`` or ``"context_causal"``.
         text: Which prompts a shot sees where text is cross-attended: ``"own"``, ``"own_and_global"`` or ``"all"``.
-        text_free: Shots, counted in row order, that hear no prompt: what their attention to text gives is put to zero.
+        text_free: Shots, counted in row order, whose cross-attention to text gives zero.
         exact: Whether attention is computed in float64, or eagerly in the model's dtype: the low-precision reference.
     """
     inputs = [adapter.prepare(shot) for scene in scenes for shot in scene]

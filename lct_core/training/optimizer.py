@@ -29,7 +29,8 @@ def check_settings(state: Mapping[str, Any], optimizer: torch.optim.Optimizer) -
         ValueError: naming the settings that differ.
     """
     for saved, own in zip(state["param_groups"], optimizer.param_groups, strict=False):
-        differences = [f"{name} = {saved[name]!r}, not {own[name]!r}" for name in _SETTINGS if saved[name] != own[name]]
+        names = [name for name in _SETTINGS if saved.get(name) != own[name]]
+        differences = [f"{name} = {saved.get(name)!r}, not {own[name]!r}" for name in names]
         if differences:
             raise ValueError(
                 f"state: its optimizer has {', '.join(differences)}; go on with the settings that it began with, or "

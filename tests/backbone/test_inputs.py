@@ -45,11 +45,11 @@ GIVEN = {"text": torch.zeros(1, 2, 3), "latents": torch.zeros(1, 1, 1, 2, 2), "e
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"role": "global"}, "^shots: got roles, texts and latents of .*expected all alike"),
-        ({"text": torch.zeros(1, 1, 3)}, "^shots: got roles, texts and latents of .*expected all alike"),
-        ({"latents": torch.zeros(1, 1, 2, 2, 2)}, "^shots: got roles, texts and latents of .*side by side in a row"),
-        ({"latents": None}, "^shots: got roles, texts and latents of .*expected all alike"),
-        ({"extras": {}}, "^shots: got roles, texts and latents of .*expected all alike"),
+        ({"role": "global"}, "^shots: got roles, shapes .* extras .*expected all alike"),
+        ({"text": torch.zeros(1, 1, 3)}, "^shots: got roles, shapes .* extras .*expected all alike"),
+        ({"latents": torch.zeros(1, 1, 2, 2, 2)}, "^shots: got roles, shapes .* extras .*side by side in a row"),
+        ({"latents": None}, "^shots: got roles, shapes .* extras .*expected all alike"),
+        ({"extras": {}}, "^shots: got roles, shapes of texts and latents, and names of extras .*expected all alike"),
         ({"extras": {"rate": 4}}, r"^extras: rate is \['3', '4'\], expected one value for all entries of a batch"),
         ({"extras": {"rate": torch.ones(1)}}, r"^extras: rate is \['3', '\[1\]'\], expected one value for all"),
     ],

@@ -15,6 +15,11 @@ from tests.toys import toy
         ({"text_width": 0}, "text_width: got 0, expected a positive int"),
         ({"head_dim": 8.0}, r"head_dim: got 8\.0, expected a positive int"),
         ({"extras": {"image": Extra((None, "frames"))}}, r"extras: image has the shape \(None, 'frames'\), expected"),
+        (
+            {"noisy_mask": "timestep_maks"},
+            r"noisy_mask: got 'timestep_maks', expected one of the extras, \[\], or None",
+        ),
+        ({"text_mask": "mask"}, "text_mask: got 'mask', expected one of the extras"),
     ],
 )
 def test_traits_that_no_model_has(trait, message):

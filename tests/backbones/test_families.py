@@ -21,7 +21,13 @@ diffusers.logging.set_verbosity_error()  # of casts to bfloat16 that its own loa
 FAMILIES = sorted(path.stem for path in (Path(__file__).parent / "families").glob("[!_]*.py") if path.stem != "case")
 CASES = [case for family in FAMILIES for case in import_module(f"tests.backbones.families.{family}").CASES]
 FIRST = [next(cases) for _, cases in groupby(CASES, key=lambda case: case.model.__module__)]  # of every family
+IN_EVERY_WAY = ("wan", "hunyuan_video", "flux", "ltx2")  # by make test: other text, other blocks, other streams
 FLOAT32 = BOUNDS[torch.float32]
+
+
+def family(case: Case) -> str:
+    return case.model.__module__.rsplit(".", 1)[-1]
+
 
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 
@@ -134,17 +140,24 @@ def test_a_global_prompt_and_those_of_other_shots_are_heard(case, text, pattern)
 
 
 @pytest.mark.parametrize(
-    ("case", "dtype"),
+    ("case", "scheme", "dtype"),
     [
-        *(pytest.param(case, torch.float32, id=f"float32-{case}") for case in CASES),
-        *(
-            pytest.param(case, torch.bfloat16, id=f"bfloat16-{case}", marks=() if case in FIRST else pytest.mark.prove)
-            for case in CASES
-        ),
+        pytest.param(
+            case,
+            scheme,
+            dtype,
+            id=f"{scheme}-{str(dtype).removeprefix('torch.')}-{case}",
+            marks=()
+            if (scheme, dtype) == ("anchored", torch.float32) or (case in FIRST and family(case) in IN_EVERY_WAY)
+            else pytest.mark.prove,
+        )
+        for scheme in ("anchored", "paper")
+        for dtype in (torch.float32, torch.bfloat16)
+        for case in CASES
     ],
 )
-def test_conformance(case, dtype):
-    broken = [f for f in conformance(case.model, dtypes=[dtype]) if not f.holds]
+def test_conformance(case, scheme, dtype):
+    broken = [f for f in conformance(case.model, schemes=[scheme], dtypes=[dtype]) if not f.holds]
     assert not broken, "\n".join(map(str, broken))
 
 

@@ -13,14 +13,9 @@ from diffusers.models.attention import AttentionModuleMixin
 from lct_core import retrofit
 from lct_core.losses import tuning_loss
 from lct_core.testing.tolerances import BOUNDS, error
-from tests.backbones.test_families import FIRST, FLOAT32, Scene, worst
+from tests.backbones.test_families import FIRST, FLOAT32, Scene, family, worst
 
 every_family = pytest.mark.parametrize("case", FIRST, ids=str)
-
-
-def of(case):
-    """The family of a case."""
-    return case.model.__module__.rpartition(".")[2]
 
 
 def bound(case, name="one shot"):
@@ -140,12 +135,9 @@ def test_lora_through_peft(case, after):
     assert all((p.grad is not None and bool(p.grad.any())) == ("lora" in name) for name, p in model.named_parameters())
 
 
-COMPILED = ("wan", "hunyuan_video", "flux")  # in every run: cross-attended text, two streams, a single-stream tail
-
-
 @pytest.mark.parametrize(
     "case",
-    [pytest.param(case, marks=() if of(case) in COMPILED else pytest.mark.prove) for case in FIRST],
+    [pytest.param(case, marks=() if family(case) == "wan" else pytest.mark.prove) for case in FIRST],
     ids=str,
 )
 @torch.no_grad()

@@ -72,7 +72,7 @@ DIFFERENT = {
     "class": (
         mmdit,
         other,
-        r"class differs: the cache was written by 'MMDiT', this is 'Toy'; use a model of the class",
+        r"class differs: it was written by 'MMDiT', this is 'Toy'; use a model of the class",
     ),
     "scheme": (mmdit, partial(mmdit, scheme="paper"), r"coordinate scheme differs: .* by 'anchored', this is 'paper'"),
     "text": (partial(crossed, "own"), partial(crossed, "all"), r"text scope differs: .* by 'own', this is 'all'"),
@@ -92,6 +92,6 @@ DIFFERENT = {
     "weights": (
         mmdit,
         partial(mmdit, change=tuned),
-        r"weights differ: the cache was written by other weights of this class; use the checkpoint that wrote it$",
+        r"weights differ: other weights of this class wrote it; use the checkpoint that did$",
     ),
 }

@@ -287,6 +287,12 @@ def test_ids_that_json_cannot_say(tmp_path, id):
     assert not (tmp_path / "saved").exists()
 
 
+@pytest.mark.parametrize("budget", [0, 1000, {}, ""])
+def test_a_budget_that_is_none(tmp_path, saved, budget):
+    with pytest.raises(ValueError, match=r"^budget: got .*, expected Budget"):
+        KVCache.load(tmp_path, saved, budget=budget)
+
+
 def test_a_loaded_cache_takes_no_memory_until_it_is_used(tmp_path, saved):
     loaded = KVCache.load(tmp_path, saved)
     assert {entry.tier for entry in loaded.held} == {"disk"}

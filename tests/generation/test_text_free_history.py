@@ -82,7 +82,7 @@ def test_joint_text_cannot_be_left_out():
 
 @pytest.mark.parametrize("with_global", [False, True])
 def test_one_history_for_both_branches(with_global):
-    """Each step equals the definition, with a history that hears no prompt, in half the memory."""
+    """Each step equals the definition, with a history written without any prompt, in half the memory."""
     model = cross_attending("own_and_global" if with_global else "own")
     scene, (scale, text, overall) = told()[not with_global :], of_toys(True)
     guidance = Guidance(scale=scale, text=text, global_text=overall, shared_history=True)
@@ -163,7 +163,7 @@ def test_refuses_one_history_where_it_would_not_serve_both():
     guidance = Guidance(text=torch.zeros(1, 2, 5), shared_history=True)
     with pytest.raises(ValueError, match=r'^shared_history: got True, but with text="all" a shot hears the prompts'):
         Director(cross_attending("all"), told(), guidance=guidance)
-    with pytest.raises(ValueError, match=r'^write: got "nearest", but one history for both branches hears no prompt'):
+    with pytest.raises(ValueError, match=r'^write: got "nearest", .* which depend on its prompt; '):
         Director(cross_attending("own"), told()[1:], guidance=guidance, write="nearest")
     adapter = toy(**CROSS)
     adapter.traits = replace(adapter.traits, extras={"strength": Extra((), prompt=True)})

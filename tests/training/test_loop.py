@@ -139,6 +139,9 @@ def test_a_state_of_another_optimizer_is_refused(change, difference):
     with pytest.raises(ValueError, match=f"^state: its optimizer has {difference}; go on with the settings"):
         training.load_state_dict(state)
     assert same(weights(training.model), before)
+    state["optimizer"] = torch.optim.SGD(training.model.backbone.parameters(), lr=0.1).state_dict()
+    with pytest.raises(ValueError, match=r"^state: its optimizer has betas = None, not "):
+        training.load_state_dict(state)
 
 
 def test_every_seed_trains_on_something_else():
