@@ -13,7 +13,7 @@ from lct_core.cache.budget import Storage
 from lct_core.cache.holdings import HeldShot, Holdings
 from lct_core.cache.rows import PlacedShot, Row, SiteRows, empty
 from lct_core.cache.shots import CachedShot, Space, StagedShots, Tier
-from lct_core.cache.tiers import KV, NOTHING, ShotFile, SiteKey, copied, copies, place, write_shot
+from lct_core.cache.tiers import KV, NOTHING, ShotFile, SiteKey, bring, copied, copies, write_shot
 from lct_core.layout import consecutive
 
 
@@ -115,7 +115,7 @@ def carry_out(here: Holdings, target: Arrangement, *, keep_staged: bool = True) 
         here.peak = max(here.peak, running + sum(n for x, n in after.items() if x not in before))
         running += sum(after.values()) - sum(before.values())
         site.row, site.standing, site.staged = row, standing, staged
-        site.written = site.written if keep_staged else 0
+        site.current_tokens = site.current_tokens if keep_staged else 0
         for i, each in kv.items():
             own = target.kept[i].kv
             assert isinstance(own, dict)
@@ -240,7 +240,7 @@ def _stays(here: Holdings, site: SiteRows, placed: tuple[PlacedShot, ...], behin
     start, stop = (sum(shot.tokens for shot in part) for part in (site.standing, placed))
     if start == stop and not behind:
         return True
-    return (start == stop or not site.written) and site.row.takes(start, stop + behind, branch=here.me)
+    return (start == stop or not site.current_tokens) and site.row.takes(start, stop + behind, branch=here.me)
 
 
 def _stored(here: Holdings, entry: CachedShot, space: Space, *, in_rows: bool) -> tuple[bool, bool]:
@@ -262,7 +262,7 @@ def _rearranged(
     space, in_rows = site.size.space, target.in_rows(here.storage)
     placed = here.placed(target.shown, space) if in_rows else ()
     behind = target.behind(space) or 0
-    written = site.written if keep_staged else 0
+    written = site.current_tokens if keep_staged else 0
     stop = sum(shot.tokens for shot in placed)
     stays = in_rows and _stays(here, site, placed, behind)
     row, done = (site.row, len(site.standing)) if stays else (None, 0)
@@ -299,8 +299,8 @@ def _put(here: Holdings, kept: HeldShot, key: SiteKey, keys: Tensor, values: Ten
         values.copy_(site.row.v[:, span])
         return
     k, v = here.original(kept, key)
-    place(k, keys, here.turn(shot.steps, keys))
-    place(v, values)
+    bring(k, keys, here.turn(shot.steps, keys))
+    bring(v, values)
 
 
 def _near(here: Holdings, kept: HeldShot, key: SiteKey, entry: CachedShot, *, in_rows: bool) -> KV:

@@ -66,7 +66,7 @@ def appending(here: Holdings, ids: Sequence[Hashable], prompts: Sequence[str]) -
         raise
     here.last_call = here.hold = None
     for site in here.sites.values():
-        site.written = 0
+        site.current_tokens = 0
         if in_rows and site.row is not None and site.row.owner is here.me:
             site.row.used = sum(shot.tokens for shot in site.standing)
     carry_out(here, target)
@@ -83,7 +83,7 @@ def holding(here: Holdings) -> Iterator[None]:
     kv = {}
     for key, site in here.sites.items():
         kv[key] = site.current if site.staged else copies(site.current, site.device)
-        site.staged, site.written = None, 0
+        site.staged, site.current_tokens = None, 0
     here.hold, here.last_call = Hold(staged, kv), None
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from lct_core.cache.budget import STORAGES, Budget, Storage
 from lct_core.cache.rows import PlacedShot, SiteRows, empty
 from lct_core.cache.shots import CachedShot, Space, StagedShots, Tier
-from lct_core.cache.tiers import KV, NOTHING, Pair, ShotFile, SiteKey, Stored, place
+from lct_core.cache.tiers import KV, NOTHING, Pair, ShotFile, SiteKey, Stored, bring
 from lct_core.cache.working import WorkingRows
 from lct_core.coordinates import Scheme
 from lct_core.layout import consecutive
@@ -107,7 +107,7 @@ class Holdings:
         twin.reserve = dict(self.reserve)
         twin.scheme, twin.diagonal, twin.pairing = self.scheme, self.diagonal, self.pairing
         for key, site in self.sites.items():
-            if site.row is not None and site.row.owner is self.me and not site.written:
+            if site.row is not None and site.row.owner is self.me and not site.current_tokens:
                 site.row.owner = None
             twin.sites[key] = SiteRows(site.size, site.device, site.row, site.standing)
         twin.resize()
@@ -242,5 +242,5 @@ class Holdings:
         for entry, span in zip(self.shots, consecutive(e.tokens(space) for e in self.shots), strict=True):
             if span.size:
                 k, v = self.original(self.kept[entry.id], key)
-                place(k, keys[:, span.slice], self.turn(self.steps(entry, space), keys[:, span.slice]))
-                place(v, values[:, span.slice])
+                bring(k, keys[:, span.slice], self.turn(self.steps(entry, space), keys[:, span.slice]))
+                bring(v, values[:, span.slice])

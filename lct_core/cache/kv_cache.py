@@ -90,6 +90,6 @@ class KVCache(ShotCache):
             )
         here.last_call, here.scheme, here.diagonal, here.pairing = None, scheme, diagonal, pairing
         for site in here.sites.values():
-            site.written = 0
+            site.current_tokens = 0
         yield partial(write, here)
         here.last_call = staged

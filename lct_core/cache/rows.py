@@ -63,7 +63,7 @@ class SiteRows:
         row: The selected history, where all of it is on the device as the model attends to it.
         standing: What stands in the row, in order; shots without tokens here do not.
         staged: Where the history is brought from elsewhere for every call: the current shots' own keys and values.
-        written: How many tokens the last call has written.
+        current_tokens: How many tokens the last call has written.
     """
 
     size: SiteSize
@@ -71,7 +71,7 @@ class SiteRows:
     row: Row | None = None
     standing: tuple[PlacedShot, ...] = ()
     staged: tuple[Tensor, Tensor] | None = None
-    written: int = 0
+    current_tokens: int = 0
 
     @property
     def current(self) -> tuple[Tensor, Tensor]:
@@ -81,7 +81,7 @@ class SiteRows:
         if self.row is None:
             return empty(self.size, 0, self.device)
         start = sum(shot.tokens for shot in self.standing)
-        here = slice(start, start + self.written)
+        here = slice(start, start + self.current_tokens)
         return self.row.k[:, here], self.row.v[:, here]
 
 

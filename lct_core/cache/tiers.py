@@ -62,7 +62,7 @@ def quantized(x: Tensor, format: Format) -> Quantized:
     return Quantized(x.new_empty(x.shape, dtype=small.values.dtype), small.scales.to("meta"), x.dtype)
 
 
-def place(x: Stored, out: Tensor, by: Rotation | None = None) -> None:
+def bring(x: Stored, out: Tensor, by: Rotation | None = None) -> None:
     """Bring keys or values to their place in a row, as the model attends to them; rotated on the way, not copied twice.
 
     Args:

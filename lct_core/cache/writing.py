@@ -46,7 +46,7 @@ def write(here: Holdings, key: SiteKey, space: Space, k: Tensor | RowParts, v: T
         for whole, row in zip(site.staged, (keys, values), strict=True):
             whole.copy_(row[:, start:stop])
         here.bring_ahead(key)
-    site.written = stop - start
+    site.current_tokens = stop - start
     return keys[:, :stop], values[:, :stop]
 
 

@@ -22,7 +22,7 @@ def load(name: str) -> Callable[[], Any]:
             raise ValueError(
                 f"MODULE:FACTORY: got {name!r}, but there is no module {error.name!r} here or installed"
             ) from error
-        raise ValueError(f"MODULE:FACTORY: importing {module_name} raised {described(error)}") from error
+        raise ValueError(f"MODULE:FACTORY: importing {module_name} raised {error_words(error)}") from error
     try:
         factory = attrgetter(attribute)(module)
     except AttributeError:
@@ -46,9 +46,9 @@ def call(factory: Callable[[], Any], name: str) -> Any:
     try:
         return factory()
     except Exception as error:  # whatever the factory does
-        raise ValueError(f"MODULE:FACTORY: {name}() raised {described(error)}") from error
+        raise ValueError(f"MODULE:FACTORY: {name}() raised {error_words(error)}") from error
 
 
-def described(error: Exception) -> str:
+def error_words(error: Exception) -> str:
     """An error in the words of another: its class, and what it says."""
     return f"{type(error).__name__}: {error}"

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from traceback import walk_tb
 
-from lct_core.checkpoints.factory import described
+from lct_core.checkpoints.factory import error_words
 
 _OURS = ("lct_core", "lct_backbones", "lct_plugins")
 _OF_BOTH = ("torch", "einops")  # what they raise, they raise about their caller
@@ -45,7 +45,7 @@ def own_code(name: str | None) -> Iterator[None]:
         if name is None or place is None:
             raise
         raise ValueError(
-            f"MODULE:FACTORY: the model or the codec of {name} raised {described(error)} ({place}); mend it there"
+            f"MODULE:FACTORY: the model or the codec of {name} raised {error_words(error)} ({place}); mend it there"
         ) from error
 
 

@@ -13,7 +13,7 @@ from lct_backbones.mmdit import tiny
 from lct_core import KVCache, Shot, ShotInput, retrofit
 from lct_core.cache import Budget, StagedShots, recency
 from lct_core.cache.quantize import quantize
-from lct_core.cache.tiers import place
+from lct_core.cache.tiers import bring
 from lct_core.cache.working import WorkingRows
 
 FOUR = [Shot(2, (2, 2, 3)), Shot(0, (1, 1, 1)), Shot(3, (1, 4, 2)), Shot(1, (3, 1, 2))]
@@ -376,7 +376,7 @@ def test_8_bits_are_brought_some_tokens_at_a_time():
 
     row = torch.empty_like(x)
     with Watch():
-        place(small, row)
+        bring(small, row)
     assert torch.equal(row, small.dequantize())
     assert [shape[1] for shape in brought[1:]] == [4096, 4096, 4096, 5]  # behind the scales
 
