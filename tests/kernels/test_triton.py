@@ -7,21 +7,18 @@ import sys
 import pytest
 import torch
 
-from lct_core import attention
 from lct_core.attention import attend
 from lct_core.layout import Layout, Range, Shot
 from lct_core.patterns import bidirectional, context_causal, own_shot
 from lct_core.plan import AttentionPlan, Segment
-from lct_core.plugins.hooks import hookimpl
-from lct_core.plugins.registry import Registry
 from lct_core.plugins.torch_kernels import reference
 from lct_core.testing import kernels
 from lct_core.testing.tolerances import BOUNDS, error
 from lct_plugins import triton_attention
-from lct_plugins.triton_attention import SPEC, TILES, Tiling
+from lct_plugins.triton_attention import TILES, Tiling
 from tests.kernels.triton_plans import CAUSAL, SCENES, draw, lse_of
 
-pytestmark = pytest.mark.internals
+pytestmark = [pytest.mark.internals, pytest.mark.usefixtures("only_triton")]
 
 KERNELS = "lct_plugins._triton_kernels"
 on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -42,9 +39,6 @@ PLANS = {
     "keys that nobody sees": GAP,
 }
 plans = pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS.keys())
-
-
-# the kernels, under Triton's interpreter
 
 
 def check_packing(pattern, scenes, **options):
@@ -87,20 +81,6 @@ def interpreter():
     sys.modules.pop(KERNELS, None)
     if compiled is not None:
         sys.modules[KERNELS] = compiled
-
-
-@pytest.fixture(autouse=True)
-def announced(monkeypatch):
-    """A registry of torch's kernels and ours alone, which forgets what it resolved."""
-
-    class Plugin:
-        @hookimpl
-        def lct_kernels(self):
-            return [SPEC]
-
-    own = Registry()
-    own.register(Plugin(), name="test")
-    monkeypatch.setattr(attention, "registry", lambda: own)
 
 
 def check(plan, tensors, scale=0.3):

@@ -6,32 +6,15 @@ import sys
 import pytest
 import torch
 
-from lct_core import attention
 from lct_core.layout import Layout, Shot
 from lct_core.patterns import bidirectional, own_text, selected_history
-from lct_core.plugins.hooks import KernelRequest, hookimpl
-from lct_core.plugins.registry import Registry
+from lct_core.plugins.hooks import KernelRequest
 from lct_plugins.triton_attention import SPEC
 from tests.kernels.triton_plans import CAUSAL, SCENES
 
+pytestmark = pytest.mark.usefixtures("only_triton")
+
 has_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
-
-
-# the kernels, under Triton's interpreter
-
-
-@pytest.fixture(autouse=True)
-def announced(monkeypatch):
-    """A registry of torch's kernels and ours alone, which forgets what it resolved."""
-
-    class Plugin:
-        @hookimpl
-        def lct_kernels(self):
-            return [SPEC]
-
-    own = Registry()
-    own.register(Plugin(), name="test")
-    monkeypatch.setattr(attention, "registry", lambda: own)
 
 
 # what it refuses

@@ -2,21 +2,17 @@
 
 from itertools import pairwise
 
-import pytest
 import torch
 from hypothesis import given, strategies as st
 
-from lct_core import attention
 from lct_core.layout import Layout, Range, Shot
 from lct_core.patterns import bidirectional, context_causal, own_shot
 from lct_core.plan import AttentionPlan, Segment
-from lct_core.plugins.hooks import hookimpl
-from lct_core.plugins.registry import Registry
 from lct_core.plugins.torch_kernels import reference
 from lct_core.testing import kernels
 from lct_core.testing.strategies import layouts
 from lct_plugins import triton_attention, triton_naive
-from lct_plugins.triton_attention import SPEC, key_tiles, query_tiles
+from lct_plugins.triton_attention import key_tiles, query_tiles
 from tests.kernels.triton_plans import draw, lse_of
 
 
@@ -126,20 +122,3 @@ def test_the_specification_is_the_reference_in_float64(plan, sizes, heads, scale
     for g, e in zip((out, *got), expected, strict=True):
         torch.testing.assert_close(g, e, rtol=0, atol=1e-12)
     torch.testing.assert_close(lse, lse_of(q, k, plan, scale), rtol=0, atol=1e-12)
-
-
-# the kernels, under Triton's interpreter
-
-
-@pytest.fixture(autouse=True)
-def announced(monkeypatch):
-    """A registry of torch's kernels and ours alone, which forgets what it resolved."""
-
-    class Plugin:
-        @hookimpl
-        def lct_kernels(self):
-            return [SPEC]
-
-    own = Registry()
-    own.register(Plugin(), name="test")
-    monkeypatch.setattr(attention, "registry", lambda: own)
