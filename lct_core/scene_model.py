@@ -6,7 +6,6 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lct_core._describe import describe
 from lct_core.backbone import Backbone
 from lct_core.cache import KVCache
 from lct_core.coordinates import Scheme, check_scheme
@@ -145,7 +144,7 @@ class SceneModel(Denoiser[KVCache]):
         """
         if not isinstance(cache, KVCache | None):
             raise ValueError(
-                f"cache: got {describe(cache)}, expected a KVCache, such as model.new_cache() makes, or None"
+                f"cache: got a {type(cache).__name__}, expected a KVCache, as model.new_cache() makes one, or None"
             )
         scenes, nested = as_scenes(shots)
         _check_served(self.adapter)

@@ -2,7 +2,8 @@
 
 An error is the largest difference over the largest expected magnitude. Where a bound is not 0 or a plain number, it is
 a multiple of the low-precision reference's own error: that of plain eager arithmetic in the same dtype against float64.
-For kernels the multiples, 2 for outputs and 3 for gradients, are those of FlashAttention's own tests.
+For kernels the multiples, 2 for outputs and 3 for gradients, are those of FlashAttention's own tests; a gradient's is
+of the worst of the reference's three.
 """
 
 from typing import NamedTuple
