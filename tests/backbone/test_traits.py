@@ -14,6 +14,8 @@ from tests.toys import toy
         ({"latent_channels": None}, "latent_channels: got None, expected a positive int"),
         ({"text_width": 0}, "text_width: got 0, expected a positive int"),
         ({"head_dim": 8.0}, r"head_dim: got 8\.0, expected a positive int"),
+        ({"text": "both"}, r"text: got 'both', expected one of \('joint', 'cross'\)"),
+        ({"pairing": "odd"}, "pairing: got 'odd', expected one of"),
         ({"extras": {"image": Extra((None, "frames"))}}, r"extras: image has the shape \(None, 'frames'\), expected"),
         (
             {"noisy_mask": "timestep_maks"},

@@ -1,5 +1,6 @@
 """Shots selected from a cache, and moved to other places."""
 
+from functools import partial
 from itertools import accumulate
 
 import pytest
@@ -153,3 +154,18 @@ def test_moving_the_whole_scene_changes_nothing():
     assert error(call(scene_model(), shot, cache), expected) <= FLOAT32["shifted"].absolute
     cache.reposition([entry.origin * 2 for entry in cache.shots])
     assert error(call(scene_model(), shot, cache), expected) > 1e-3
+
+
+def test_what_no_shot_can_be_asked_is_refused():
+    cache = fill(KVCache(), FIVE[:2])
+    for change, message in (
+        (partial(cache.reorder, [0]), r"^ids: got \[0\], expected the selected shots, \[0, 1\], in another order"),
+        (partial(cache.move, 0, tier="attic"), r'^tier: got \'attic\', expected "device", "host" or "disk"'),
+    ):
+        with pytest.raises(ValueError, match=message):
+            change()
+        assert cache.ids == (0, 1)
+    call(scene_model(), draw(FIVE[2])[0], cache)
+    with pytest.raises(ValueError, match=r"^prompts: got \['a', 'b'\], expected 1, one for each id, or none"):
+        cache.append(2, prompts=["a", "b"])
+    assert (cache.ids, cache.staged is None) == ((0, 1), False)

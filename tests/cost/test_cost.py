@@ -334,3 +334,17 @@ def test_models_that_cannot_be_planned_with_are_refused():
     fixed = next(case for case in CASES if "5B I2V: condition, learned" in str(case))
     with pytest.raises(ValueError, match=r"scene: got a shot of 5 text tokens and the grid \(9, 9, 9\), expected"):
         Meter(registry().adapter(fixed.model())).sites(Shot(5, (9, 9, 9)))
+
+
+@pytest.mark.parametrize(
+    ("rates", "message"),
+    [
+        ({"linear": 0, "attention": 1}, "linear: got 0, expected a finite number, above 0"),
+        ({"linear": 1, "attention": float("nan")}, "attention: got nan, expected a finite number, above 0"),
+        ({"linear": 1, "attention": 1, "call": -1}, "call: got -1, expected a finite number, 0 or more"),
+        ({"linear": 1, "attention": 1, "together": True}, "together: got True, expected a finite number, above 0"),
+    ],
+)
+def test_rates_that_nothing_has(rates, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        Throughput(**rates)

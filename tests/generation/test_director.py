@@ -236,3 +236,9 @@ def test_refuses_levels_by_shot_off_the_scale(level):
         ValueError, match=r"^t_c: got (-1 for shot 1|'high' for shot 0|'high'), expected a level from 0"
     ):
         Director(scene_model(), draw(*SMALL[:2], with_global=False), t_c=level)
+
+
+def test_a_shot_keeps_its_role():
+    director = Director(scene_model(), scene := draw(*SMALL, with_global=True))
+    with pytest.raises(ValueError, match=r"^shot: got the role 'shot', expected 'global', as before"):
+        director.revise(0, scene[1])

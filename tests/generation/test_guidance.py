@@ -173,3 +173,9 @@ def test_refuses_negative_prompts_that_do_not_fit(mode, name, text, message):
     scene, given = case(mode)
     with pytest.raises(ValueError, match=message):
         generated(mode, scene, given, guidance=Guidance(**{"text": torch.zeros(1, 2, 16), name: text}))
+
+
+@pytest.mark.parametrize("name", ["extras", "global_extras"])
+def test_extras_that_are_no_mapping(name):
+    with pytest.raises(ValueError, match=rf"^{name}: got .*, expected a mapping from names to values"):
+        Guidance(text=torch.zeros(1, 1, 2), **{name: ["pooled"]})

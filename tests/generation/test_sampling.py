@@ -220,6 +220,15 @@ def test_no_kind_of_generation_has_such_a_value(options, words):
             refuse(**options)
 
 
+def test_what_passes_cannot_count_is_refused():
+    counted = partial(passes, COUNTS, takes_of("causal", COUNTS))
+    with pytest.raises(ValueError, match=r'^write: got "nearest", .* a shared history is written without any; '):
+        counted(write="nearest", guidance=2.0, shared_history=True)
+    with pytest.raises(ValueError, match=r"^steps: got \[1.0, 0.0\], expected an int of at least 1: calls of"):
+        counted(steps=[1.0, 0.0])
+    assert counted(steps=np.int64(3)) == counted(steps=3)
+
+
 def test_a_scale_needs_its_prompts_encoded():
     with pytest.raises(ValueError, match=r"^guidance: got the scale 2.0, .* sampling.encoded\(codec\) first"):
         Director(scene_model(), draw(*COUNTS, with_global=False), guidance=2.0)

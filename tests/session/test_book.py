@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from lct_core.data import write_image
+from lct_core.files import write_json
 from lct_core.generation import Director, Take
+from lct_core.session import Book
 from tests.draws import draws
 from tests.session.films import CODEC, MODEL, PROMPTS, create, guidance, kept, made, reopen, same, scene_of
 
@@ -180,3 +182,20 @@ def test_a_shot_that_goes_leaves_no_gap(tmp_path):
     session.give(2, tmp_path / "hero.png")
     take, again = session.generate(4, prompt="A wall.", history=[1, 3]), reopen(session)
     assert same(made(session, take), made(again, again.generate(4, prompt="A wall.", history=[1, 3])))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([], "its format is 'list', expected 'lct session 1'"),
+        (
+            {"format": "lct session 9"},
+            "its format is 'lct session 9', expected 'lct session 1': the version that wrote",
+        ),
+        ({"format": "lct session 1"}, "makes no sense as a session: KeyError: 'takes'"),
+    ],
+)
+def test_a_file_that_is_no_session(tmp_path, content, message):
+    write_json(tmp_path / "session.json", content)
+    with pytest.raises(ValueError, match=f"session.json: {message}"):
+        Book.read(tmp_path)
