@@ -19,7 +19,6 @@ shot, which writes it at the level t_c; the last shot needs none: s tokens and N
 
 from collections.abc import Sequence
 from heapq import merge
-from numbers import Integral
 from typing import NamedTuple, Unpack
 
 from lct_core import lineage
@@ -84,7 +83,7 @@ def passes(
     shots, first = shots_of(scene), tuple(i for i, shot in enumerate(scene) if shot.role == "global")
     if write == "nearest" and sampling.shares_history:
         raise ValueError(NEAREST_SHARED)
-    if not isinstance(steps, Integral) or isinstance(steps, bool):
+    if not isinstance(steps, int) or isinstance(steps, bool):
         raise ValueError(f"steps: got {steps!r}, expected an int of at least 1: calls of the model for every take")
     histories = [_seen(take, shots, window) for take in takes]
     behind: dict[int, tuple[int, ...]] = {i: (*first, *last_before((i,), shots, window=window)) for i in shots}

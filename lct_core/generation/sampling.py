@@ -117,7 +117,9 @@ class Sampling:
             raise ValueError(
                 f"{beside[0]}: got {beside[1]!r} beside a Guidance, which has its own; give it to that one"
             )
-        if self.shift != 1 and not isinstance(self.steps, Integral):
+        if isinstance(self.steps, Integral) and not isinstance(self.steps, bool):
+            object.__setattr__(self, "steps", int(self.steps))  # of numpy
+        if self.shift != 1 and not isinstance(self.steps, int):
             raise ValueError(
                 f"shift: got {describe(self.shift)} beside steps that are {describe(self.steps)}, expected 1: noise "
                 "levels and schedulers have their own; a number of steps is shifted"
