@@ -30,7 +30,7 @@ class ShotInput:
     """
 
     text: Float[Tensor, "batch tokens width"]
-    latents: Float[Tensor, "batch channels frames height width"] = None  # type: ignore[assignment]  # only of a global shot, for the engine to fill in
+    latents: Float[Tensor, "batch channels frames height width"] = None  # type: ignore[assignment]  # of a global shot
     extras: Mapping[str, Any] = field(default_factory=dict)
     role: Role = "shot"
 

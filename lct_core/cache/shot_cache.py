@@ -56,7 +56,7 @@ class ShotCache:
     def _fingerprints(cls, model: Fingerprinted) -> dict[str, Mapping[str, Any]]:
         """The fingerprint of each part's model, by the part's name."""
         whole = model.fingerprint()
-        parts = {"history": whole} if "class" in whole and "boundary" not in whole else whole
+        parts = whole if "high" in whole else {"history": whole}
         if not set(cls._names) <= set(parts):
             raise ValueError(
                 f"model: got {type(model).__name__}, which has no {cls.__name__}, expected the kind of model that "

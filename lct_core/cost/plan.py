@@ -99,7 +99,7 @@ def plan(
         given: Shots that are not to be generated, by index.
         pattern: Who sees whom in a row; the mode ``causal`` is context-causal.
         negative: The scene with the negative prompts of guidance, which runs every pass a second time and keeps a
-            second cache, but at a scale of 1 (default: no guidance).
+            second cache, unless its scale is 1 (default: no guidance).
         device: The kind of device that it is run on, ``"cpu"`` or ``"cuda"``.
         throughput: How fast the model is (default: no time is given).
         sampling: How it generates, see :func:`lct_core.cost.passes` (default: ``Sampling()``). Where a history is

@@ -271,9 +271,9 @@ class _Case:
             parameter.mul_(1.25)
         changed = self.model(shots, t)
         if self.scheme == "anchored":
-            alone, base = self._alone(), self._single_shots()
-            own = 2 * self._base_error()  # both sides may err as much; other weights than those that run are far off
-            yield self._finding(8, "weights that change are the weights that run", self.one_shot, alone, base, own=own)
+            alone, base, own = self._alone(), self._single_shots(), self._base_error()
+            bound = f"{self.one_shot}, changed"
+            yield self._finding(8, "weights that change are the weights that run", bound, alone, base, own=own)
         for name, twin in zip(("a deep copy", "a pickle round trip"), copies, strict=True):
             yield self._finding(8, f"{name} runs its own weights", "copies", twin(shots, t), expected)
             twin.backbone.load_state_dict(self.adapter.model.state_dict())
