@@ -88,7 +88,7 @@ class DemoSettings:
 
 
 def quick(*, seed: int) -> DemoSettings:
-    """Under two minutes: the same code, weaker numbers."""
+    """About a quarter of the time: the same code, weaker numbers."""
     return DemoSettings(
         seed=seed,
         scenes=120,

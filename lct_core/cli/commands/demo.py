@@ -14,7 +14,7 @@ from lct_core.cli import options
     default=Path("runs/demo"),
     help="Folder for metrics.json, pictures, videos, models and the data set.",
 )
-@click.option("--quick", is_flag=True, help="Under two minutes: the same code, weaker numbers.")
+@click.option("--quick", is_flag=True, help="About a quarter of the time: the same code, weaker numbers.")
 @click.option(
     "--full", is_flag=True, help="Better numbers; errors over 12 shots in a row; composition from two images."
 )
